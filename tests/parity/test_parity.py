@@ -1,0 +1,80 @@
+"""Every fixture of a folder through the adapters; `pytest tests/parity --fixtures DIR` runs another folder."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parity.adapters import ADAPTERS
+from tests.parity.weights import Case, Fixture, load_fixture
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case_name" not in metafunc.fixturenames:
+        return
+    folder: Path = metafunc.config.getoption("--fixtures")
+    found = [(p, n) for p in sorted(folder.glob("*.json")) for n in json.loads(p.read_text())["cases"]]
+    metafunc.parametrize(("path", "case_name"), found, ids=[f"{p.stem}-{n}" for p, n in found])
+
+
+@cache
+def opened(path: Path) -> Fixture:
+    return load_fixture(path)
+
+
+def check(name: str, ours: Tensor, recorded: Tensor, meta: dict[str, Any]) -> None:
+    """The comparison rules of the fixture format."""
+    assert ours.shape == recorded.shape, f"{name}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}"
+    tolerance = meta.get("tolerance", 0)
+    named = isinstance(tolerance, dict) and name in tolerance
+    if isinstance(tolerance, dict):
+        tolerance = tolerance.get(name, 0)
+    if not recorded.is_floating_point() and not named:
+        assert torch.equal(ours.to(recorded.dtype), recorded), f"{name}: {int((ours != recorded).sum())} differ"
+        return
+    a, b = ours.detach().double(), recorded.double()
+    assert torch.equal(a.isnan(), b.isnan()), f"{name}: NaN in other places"
+    same = (a == b) | a.isnan()  # equal infinities match
+    difference = torch.where(same, 0.0, (a - b).abs())
+    allowed = tolerance * max(1.0, float(b.abs().max())) if meta.get("relative") else tolerance
+    assert float(difference.max()) <= allowed, f"{name}: off by {float(difference.max()):.3g}, allowed {allowed:.3g}"
+
+
+def test_case(path: Path, case_name: str) -> None:
+    case = Case(opened(path), case_name)
+    meta = case.meta
+    key = (case.fixture.meta["system"], meta["component"], meta["op"])
+    if meta.get("optional"):
+        pytest.skip("depends on torch.multinomial's own stream; varkit draws by inverse CDF from keyed numbers")
+    assert key in ADAPTERS, f"no adapter knows {key}"
+    if meta.get("expect") == "error":
+        with pytest.raises((ValueError, TypeError)):
+            ADAPTERS[key](case)
+        return
+    answers = ADAPTERS[key](case)
+    recorded = case.outputs
+    assert recorded, f"{path.name}: case {case_name} records no output"
+    assert recorded.keys() <= answers.keys(), f"not answered: {sorted(recorded.keys() - answers.keys())}"
+    for name, tensor in recorded.items():
+        check(name, answers[name], tensor, meta)
+
+
+def test_an_unknown_operation_fails(tmp_path: Path) -> None:
+    """A fixture that no adapter knows must fail, never pass in silence."""
+    fixture = Fixture({"system": "var", "cases": {"x": {"component": "sampler", "op": "levitate"}}}, {}, {})
+    case = Case(fixture, "x")
+    assert (fixture.meta["system"], case.meta["component"], case.meta["op"]) not in ADAPTERS
+
+
+@pytest.mark.parametrize("fault", [0.01, float("nan")])
+def test_the_comparison_sees_a_wrong_number(fault: float) -> None:
+    with pytest.raises(AssertionError):
+        check("x", torch.tensor([1.0 + fault]), torch.tensor([1.0]), {"tolerance": 1e-4})
+    with pytest.raises(AssertionError):
+        check("ids", torch.tensor([1]), torch.tensor([2]), {"tolerance": 10.0})

@@ -1,0 +1,128 @@
+"""Reading released files safely, and converting them to the diffusers folder format and back."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varkit.checkpoints import var as var_keys
+
+StateDict = dict[str, Tensor]
+
+
+def read_state_dict(path: str | Path) -> StateDict:
+    """The tensors of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, on the CPU.
+
+    Raises: FileNotFoundError; ValueError when the file holds no state dict, or needs code to be unpickled
+    (it is never run).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
+    for key in ("model", "state_dict", "trainer"):  # wrappers that training scripts put around the weights
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
+    return dict(data)
+
+
+def load_strictly(model: nn.Module, state: StateDict, what: str) -> None:
+    """Assign every tensor of `state` to `model`, which may be on the meta device.
+
+    Raises: ValueError listing missing keys, unexpected keys and other shapes.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = [
+        f"{k}: file {tuple(state[k].shape)}, model {tuple(own[k].shape)}"
+        for k in sorted(own.keys() & state.keys())
+        if state[k].shape != own[k].shape
+    ]
+    if missing or unexpected or shapes:
+
+        def show(names: list[str]) -> str:
+            return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") or "none"
+
+        raise ValueError(
+            f"{what} does not fit {type(model).__name__}.\n  missing in the file: {show(missing)}\n"
+            f"  not in the model: {show(unexpected)}\n  other shapes: {show(shapes)}"
+        )
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def load_official(path: str | Path, **overrides: Any) -> nn.Module:
+    """A released VAR file as `MultiScaleVQ` or `VAR`, in eval mode; which of them, its keys tell.
+
+    Args: overrides: constructor arguments to use instead of those read from the file (`scales=` for 512 px).
+    Raises: ValueError when the file is neither, or does not fit.
+    """
+    return build_official(read_state_dict(path), str(path), **overrides)
+
+
+def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:
+    """As `load_official`, from tensors; on the meta device they stay there."""
+    from varkit.generators.var import VAR
+    from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+
+    model: nn.Module
+    if var_keys.is_tokenizer(state):
+        with torch.device("meta"):
+            model = MultiScaleVQ(**{**var_keys.read_tokenizer_arguments(state), **overrides})
+        state = var_keys.tokenizer_from_official(state, len(model.layout.grids))
+    elif var_keys.is_var(state):
+        arguments = {**var_keys.read_var_arguments(state), **overrides}
+        with torch.device("meta"):
+            model = VAR(**arguments)
+        levels = torch.repeat_interleave(
+            torch.arange(len(model.layout.sizes)), torch.tensor(model.layout.sizes)
+        )
+        model.register_buffer("levels", levels, persistent=False)
+        state = var_keys.var_from_official(state)
+    else:
+        raise ValueError(
+            f"{what} is no file that varkit knows: it is neither VAR's tokenizer (quantize.embedding.weight) "
+            f"nor a VAR transformer (pos_1LC). Its first keys: {', '.join(list(state)[:5])}"
+        )
+    load_strictly(model, state, what)
+    return model.eval().requires_grad_(False)
+
+
+def to_official(model: nn.Module) -> StateDict:
+    """The state dict that the official code loads strictly."""
+    from varkit.generators.var import VAR
+
+    state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
+    if isinstance(model, VAR):
+        return var_keys.var_to_official(state, model.config.scales)
+    return var_keys.tokenizer_to_official(state)
+
+
+def write_official(model: nn.Module, path: Path) -> None:
+    """Write `to_official(model)` as `.pth` or `.safetensors`, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import save_file
+
+        save_file(to_official(model), part)
+    else:
+        torch.save(to_official(model), part)
+    os.replace(part, path)

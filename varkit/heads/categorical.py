@@ -1,0 +1,70 @@
+"""The categorical predictive: logits over a codebook, guided, filtered and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from varkit.interfaces import Predictive, Processor
+from varkit.rng import Draw, Rng
+
+
+def pick(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw: one uniform in (0, 1) picks one entry, never one of probability 0.
+
+    Args: probs: (..., V), need not sum to 1.   uniform: (...).
+    Returns: (...) int64.
+    """
+    # float64 where the device has it: the sum over a large codebook must not round away its tail.
+    cdf = probs.to(torch.float32 if probs.device.type == "mps" else torch.float64).cumsum(-1)
+    total = cdf[..., -1:].contiguous()
+    ids = torch.searchsorted(cdf, total * uniform.to(cdf.dtype)[..., None], right=True)
+    last = torch.searchsorted(cdf, total)  # the first entry to reach the total: the last possible one
+    return torch.minimum(ids, last)[..., 0]
+
+
+def weighted_cross_entropy(
+    logits: Tensor, target: Tensor, weight: float | Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """Cross entropy of each position times `weight`, summed over positions, averaged over the batch.
+
+    Args: logits: (B, n, V).   target: (B, n) ids.   weight: a number or (n,).
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing, reduction="none"
+    )
+    return (losses.view_as(target) * weight).sum(1).mean()
+
+
+class Categorical(Predictive):
+    """Logits (B, n, V) float32; with guidance pending, also those of the unconditional branch."""
+
+    def __init__(self, logits: Tensor, null_logits: Tensor | None = None) -> None:
+        self.logits, self.null_logits = logits, null_logits
+
+    def guide(self, scale: float | Tensor) -> Categorical:
+        """uncond + scale * (cond - uncond). Raises ValueError when there is no unconditional branch."""
+        if isinstance(scale, Tensor):
+            scale = scale.to(self.logits)[..., None]  # n 1
+        if self.null_logits is None:
+            if isinstance(scale, Tensor) or scale != 1:
+                raise ValueError("guidance needs an unconditional branch: pass null= to start()")
+            return self
+        return Categorical(torch.lerp(self.null_logits, self.logits, scale))
+
+    def process(self, processors: Sequence[Processor]) -> Categorical:
+        logits = self.logits
+        for processor in processors:
+            logits = processor(logits)
+        return Categorical(logits)
+
+    def probs(self, processors: Sequence[Processor] = ()) -> Tensor:
+        """(B, n, V) float32, summing to 1."""
+        return self.process(processors).logits.softmax(-1)
+
+    def sample(self, rng: Rng, positions: Tensor, processors: Sequence[Processor] = ()) -> Tensor:
+        """(B, n) int64."""
+        return pick(self.probs(processors), rng.uniform(positions, Draw.TOKEN))

@@ -1,0 +1,205 @@
+"""The seams of varkit: what a tokenizer, a generator, a predictive and an objective promise each other.
+
+What flows between them: images (B, 3, H, W) in [-1, 1]; tokens as ONE flat tensor in layout order,
+ids (B, L) int64 or latents (B, L, C) float. Everything else is private to its file.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+
+from varkit.layout import TokenLayout
+from varkit.rng import Rng
+
+Processor = Callable[[Tensor], Tensor]
+"""A function of logits (..., V) that returns new logits of the same shape; -inf forbids an entry."""
+
+Losses = dict[str, Tensor]
+"""Named scalars; `loss` is the one to minimise, the others are for the log."""
+
+
+@dataclass(frozen=True)
+class Cond:
+    """An encoded condition of B images. `vector`: class ids (B,) int64, or (B, D) float."""
+
+    vector: Tensor
+
+    def __len__(self) -> int:
+        return self.vector.shape[0]
+
+    def to(self, device: torch.device) -> Cond:
+        return Cond(self.vector.to(device))
+
+
+class Condition(ABC):
+    """Turns what a user gives (labels, prompts, ...) into a `Cond`, and knows the absence of it."""
+
+    @abstractmethod
+    def encode(self, **values: Any) -> Cond:
+        """Raises ValueError naming the bad value and the allowed ones."""
+
+    @abstractmethod
+    def null(self, like: Cond) -> Cond:
+        """The unconditional branch for a batch shaped as `like`."""
+
+
+class Running(Protocol):
+    """What has been decided so far of a batch, as the generator reads it."""
+
+    def inputs(self, positions: Tensor) -> Tensor:
+        """(B, n, C), or (B, n) ids: what is read to predict `positions` (B, n)."""
+        ...
+
+    def record(self, tokens: Tensor, positions: Tensor) -> None:
+        """Note decided tokens: ids (B, n) or vectors (B, n, C)."""
+        ...
+
+
+class Tokenizer(ABC):
+    """Images <-> tokens. Discrete ones also give `codebook` (V, C) and `vectors(ids)`."""
+
+    layout: TokenLayout
+
+    @property
+    @abstractmethod
+    def codebook(self) -> Tensor:
+        """(V, C) float32."""
+
+    @abstractmethod
+    def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> tokens (B, L) or (B, L, C). Raises ValueError on another size."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, rng: Rng | None = None) -> Tensor:
+        """Ids (B, L) or vectors (B, L, C) -> images (B, 3, H, W) in [-1, 1]."""
+
+    @abstractmethod
+    def vectors(self, ids: Tensor) -> Tensor:
+        """(B, n) ids -> (B, n, C) float32 codebook vectors."""
+
+    @abstractmethod
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L) -> the generator's teacher-forcing inputs, (B, L, C) or (B, L)."""
+
+    @abstractmethod
+    def running(self, batch: int) -> Running:
+        """The step-by-step form of `embed`, for sampling."""
+
+
+class Predictive(ABC):
+    """What a generator says about the tokens at some positions."""
+
+    @abstractmethod
+    def guide(self, scale: float | Tensor) -> Self:
+        """Classifier-free guidance uncond + scale * (cond - uncond); `scale` is a number or (n,)."""
+
+    @abstractmethod
+    def sample(self, rng: Rng, positions: Tensor, processors: Sequence[Processor] = ()) -> Tensor:
+        """Draw tokens for `positions` (n,) or (B, n)."""
+
+
+class State(ABC):
+    """A generator's memory of one batch being sampled; sized once, at `start`."""
+
+    length: int
+    """Positions predicted and appended so far."""
+
+    @abstractmethod
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` positions."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all positions; the condition stays."""
+
+
+class Generator(ABC):
+    """Predicts tokens group by group. `schedule` is the paper's flavour; `predict` runs the network."""
+
+    layout: TokenLayout
+
+    @abstractmethod
+    def schedule(self, num_steps: int | None = None) -> list[Tensor]:
+        """The groups, in order: (n,) int64 positions each, the same for every image."""
+
+    @abstractmethod
+    def start(self, cond: Cond, null: Cond | None = None) -> State:
+        """Begin a batch; with `null` every prediction carries the unconditional branch too."""
+
+    @abstractmethod
+    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Predictive:
+        """`inputs[:, i]` is what is read to predict `positions[i]`."""
+
+    @abstractmethod
+    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
+        """Record decided tokens."""
+
+    @abstractmethod
+    def training_loss(self, tokens: Tensor, inputs: Tensor, cond: Cond, rng: Rng, **options: Any) -> Losses:
+        """Named losses of teacher-forced prediction."""
+
+
+class Objective(nn.Module, ABC):
+    """What is trained and how: `forward` IS the loss. The loop wraps the objective and knows no paper.
+
+    Networks that are used but not trained go through `freeze`, which keeps them out of checkpoints and
+    optimisers while `.to()` still moves them.
+    """
+
+    image_size: tuple[int, int]
+    """Height and width of the images the objective takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frozen: dict[str, nn.Module] = {}
+
+    def freeze(self, name: str, module: nn.Module) -> None:
+        self._frozen[name] = module.eval().requires_grad_(False)
+
+    def frozen(self, name: str) -> Any:
+        return self._frozen[name]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        for module in self._frozen.values():
+            module._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    @abstractmethod
+    def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
+        """Losses of one micro-batch in one phase of optimiser step `step` (from 0)."""
+
+    def phases(self, step: int) -> list[str]:
+        """The phases of this step, in order."""
+        return ["main"]
+
+    @abstractmethod
+    def trained(self, phase: str) -> nn.Module:
+        """The sub-module that `phase` trains."""
+
+    def ema_module(self) -> nn.Module:
+        """The sub-module whose exponential moving average is kept and exported."""
+        return self.trained("main")
+
+    def after_step(self, step: int, rng: Rng) -> dict[str, float]:
+        """Called after the optimisers have stepped; may return numbers for the log."""
+        return {}
+
+    @abstractmethod
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], rng: Rng) -> Losses:
+        """Per-image means on held-out images, for the log."""
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor | None:
+        """(N, 3, H, W) in [-1, 1] for the sample grid, rows of 8; None when there is nothing to show."""
+        return None
+
+    @abstractmethod
+    def export(self, folder: Any) -> None:
+        """Write the trained parts so that `from_pretrained` opens them."""

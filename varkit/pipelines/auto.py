@@ -1,0 +1,133 @@
+"""Opening a pipeline by name, folder, hub repository or released file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from varkit import registry
+from varkit.config import nearest
+
+ZOO = Path(__file__).resolve().parent.parent / "zoo"
+
+PIPELINES = {"ClassToImagePipeline": "varkit.pipelines.class_to_image"}
+
+
+def zoo_models() -> list[str]:
+    """Names of the models that ship with varkit."""
+    return sorted(p.parent.name for p in ZOO.glob("*/model_index.json"))
+
+
+def best_device() -> torch.device:
+    """CUDA, else MPS, else the CPU: the one place where varkit chooses."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def find_folder(name: str | Path) -> Path | None:
+    """The folder of a shipped model or a saved pipeline; None when `name` is neither."""
+    for folder in (ZOO / str(name), Path(name)):
+        if (folder / "model_index.json").is_file():
+            return folder
+    return None
+
+
+class AutoPipeline:
+    """`AutoPipeline.from_pretrained(...)` opens any varkit pipeline and returns its own class."""
+
+    @staticmethod
+    def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
+        """Open a pipeline.
+
+        Args:
+            name_or_path: a shipped model (`fashion-var`), a saved folder, a released checkpoint
+                (`var_d16.in1k_256`, downloaded from the hub) or a hub repository (`user/name`).
+            kwargs: those of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+        Raises: ValueError naming what exists when nothing answers to the name.
+        """
+        name = str(name_or_path)
+        folder = find_folder(name)
+        if folder is None:
+            if name in registry.list_checkpoints():
+                return _from_checkpoint(registry.checkpoint(name), kwargs.get("torch_dtype"))
+            folder = _from_hub(name)
+        index = json.loads((folder / "model_index.json").read_text())
+        kind = index.get("_class_name")
+        if kind not in PIPELINES:
+            raise ValueError(f"{folder} holds a {kind}; varkit opens {', '.join(PIPELINES)}")
+        from importlib import import_module
+
+        cls = getattr(import_module(PIPELINES[kind]), kind)
+        return cls.from_pretrained(str(folder), **kwargs)
+
+    @staticmethod
+    def from_single_file(transformer: str | Path, image_tokenizer: str | Path, **sampling: Any) -> Any:
+        """A pipeline from two released files, such as `var_d16.pth` and `vae_ch160v4096z32.pth`.
+
+        Args: sampling: settings of `NextGroupSampler` to use as defaults.
+        """
+        from varkit.checkpoints.files import load_official
+
+        model = load_official(transformer)
+        tokenizer = load_official(image_tokenizer, scales=model.config.scales)
+        return _assemble(model, tokenizer, sampling)
+
+
+def create_pipeline(name: str, **overrides: Any) -> Any:
+    """A pipeline around the builder `name` with fresh, untrained weights, for benchmarks and tests.
+
+    Args: overrides: constructor arguments of the generator.
+    """
+    entry = registry.model_entry(name)
+    if entry.kind != "generator" or entry.tokenizer is None:
+        raise ValueError(f"{name} is a {entry.kind}; a pipeline is built around a generator")
+    tokenizer = registry.create_model(entry.tokenizer)
+    return _assemble(entry.build(**overrides).eval(), tokenizer.eval(), {})
+
+
+def _assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
+    from varkit.pipelines.class_to_image import ClassToImagePipeline
+    from varkit.samplers.next_group import NextGroupSampler
+
+    return ClassToImagePipeline(transformer, tokenizer, NextGroupSampler(**sampling))
+
+
+def _from_checkpoint(card: registry.Checkpoint, dtype: torch.dtype | None) -> Any:
+    from huggingface_hub import hf_hub_download
+
+    if card.tokenizer is None:
+        raise ValueError(f"{card.name} is a tokenizer, not a pipeline; open it with load_official()")
+    tokenizer = registry.checkpoint(card.tokenizer)
+    pipeline = AutoPipeline.from_single_file(
+        hf_hub_download(card.repo_id, card.filename),
+        hf_hub_download(tokenizer.repo_id, tokenizer.filename),
+        **card.sampling,
+    )
+    return pipeline.to(dtype) if dtype is not None else pipeline
+
+
+def _from_hub(name: str) -> Path:
+    if name.count("/") != 1 or Path(name).exists() or name.startswith((".", "/", "~")):
+        if name in registry.list_models():
+            raise ValueError(
+                f"{name} is an architecture without weights; train it, convert a released file with "
+                f"`varkit convert`, or open a checkpoint: {', '.join(registry.list_checkpoints(name + '.*')) or 'none known'}"
+            )
+        known = [*zoo_models(), *registry.list_checkpoints()]
+        raise ValueError(
+            f"{name!r} is neither a shipped model, nor a folder with model_index.json, nor a released checkpoint"
+            f"{nearest(name, known)}. Shipped: {', '.join(zoo_models()) or 'none'}; `varkit list` shows the rest"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"hub repository {name!r} cannot be downloaded: {error}") from None

@@ -1,0 +1,133 @@
+"""One flat name space: `var_d16` is a builder, `var_d16.in1k_256` a checkpoint. Plug-ins join by entry point.
+
+A model file registers its builders where they are defined; a package outside varkit names its module in
+the entry-point group `varkit.models` and is imported when the registry is first read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from varkit.config import nearest
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["generator", "tokenizer"]
+
+_MODULES = ("varkit.tokenizers.multiscale_vq", "varkit.generators.var")
+ENTRY_POINT_GROUP = "varkit.models"
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A builder and how it is tested.
+
+    Args:
+        build: called with overrides of the constructor arguments; returns the network.
+        tokenizer: for a generator, the tokenizer builder it is paired with.
+        tiny: overrides that make it small enough for a test of a second.
+        tiny_tokenizer: overrides of the paired tokenizer that fit `tiny`.
+    """
+
+    name: str
+    kind: Kind
+    build: Callable[..., Any]
+    summary: str
+    tokenizer: str | None = None
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+    tiny_tokenizer: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released file: where it is, what it is, what it scored and how it is sampled."""
+
+    name: str  # builder.tag
+    repo_id: str
+    filename: str
+    licence: str
+    paper: str
+    resolution: int
+    official_score: str
+    tokenizer: str | None = None  # the checkpoint its images are decoded with
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def builder(self) -> str:
+        return self.name.split(".")[0]
+
+
+_models: dict[str, ModelEntry] = {}
+_checkpoints: dict[str, Checkpoint] = {}
+_loaded: set[str] = set()
+
+
+def register_model(entry: ModelEntry) -> None:
+    """Add a builder. Registering a name twice replaces it and warns."""
+    if entry.name in _models and _models[entry.name].build is not entry.build:
+        logger.warning("model %r was registered twice; the later one counts", entry.name)
+    _models[entry.name] = entry
+
+
+def register_checkpoint(card: Checkpoint) -> None:
+    _checkpoints[card.name] = card
+
+
+def _load() -> None:
+    for module in _MODULES:
+        if module not in _loaded:
+            import_module(module)
+            _loaded.add(module)
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.value not in _loaded:
+            _loaded.add(point.value)
+            try:
+                point.load()
+            except Exception as error:  # a broken plug-in must not take varkit down with it
+                logger.warning("plug-in %s (%s) could not be imported: %s", point.name, point.value, error)
+
+
+def list_models(pattern: str = "*", kind: Kind | None = None) -> list[str]:
+    """Names of registered builders that match a shell pattern, sorted."""
+    _load()
+    return sorted(
+        n for n, e in _models.items() if fnmatch.fnmatch(n, pattern) and kind in (None, e.kind)
+    )
+
+
+def list_checkpoints(pattern: str = "*") -> list[str]:
+    """Names of known released files that match a shell pattern, sorted."""
+    _load()
+    return sorted(n for n in _checkpoints if fnmatch.fnmatch(n, pattern))
+
+
+def model_entry(name: str) -> ModelEntry:
+    """Raises ValueError naming the nearest builder when `name` is none."""
+    _load()
+    if name not in _models:
+        raise ValueError(
+            f"no model is called {name!r}{nearest(name, _models)}; `varkit list` shows all of them"
+        )
+    return _models[name]
+
+
+def checkpoint(name: str) -> Checkpoint:
+    """Raises ValueError naming the nearest checkpoint when `name` is none."""
+    _load()
+    if name not in _checkpoints:
+        raise ValueError(
+            f"no checkpoint is called {name!r}{nearest(name, _checkpoints)}; `varkit list` shows all of them"
+        )
+    return _checkpoints[name]
+
+
+def create_model(name: str, **overrides: Any) -> Any:
+    """Build a registered network with fresh weights; `overrides` replace constructor arguments."""
+    return model_entry(name).build(**overrides)

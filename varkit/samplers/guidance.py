@@ -1,0 +1,52 @@
+"""How strong classifier-free guidance is at each step.
+
+`guidance_scale` w always means uncond + w (cond - uncond): 1 is off. A schedule is a function of the steps
+decided and the last step's index, so it can be printed and plotted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from varkit.config import nearest
+
+GuidanceSchedule = Callable[[float, int, int], float]
+"""(w, decided, last) -> the scale of the step before which `decided` of `last` + 1 steps were taken."""
+
+
+def constant(w: float, decided: int, last: int) -> float:
+    return w
+
+
+def linear(w: float, decided: int, last: int) -> float:
+    """From 1 (off) at the first step to w at the last. Source: FoundationVision/VAR: models/var.py."""
+    return 1 + (w - 1) * (decided / last if last else 0.0)
+
+
+def cosine(w: float, decided: int, last: int) -> float:
+    """From 1 to w along half a cosine: flat at both ends."""
+    return 1 + (w - 1) * (1 - math.cos(math.pi * (decided / last if last else 0.0))) / 2
+
+
+def late(w: float, decided: int, last: int) -> float:
+    """Off in the first half of the steps, w in the second."""
+    return w if 2 * decided >= last else 1.0
+
+
+SCHEDULES: dict[str, GuidanceSchedule] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
+    "late": late,
+}
+
+
+def guidance_schedule(name: str) -> GuidanceSchedule:
+    """Raises ValueError naming the nearest schedule when `name` is none."""
+    if name not in SCHEDULES:
+        raise ValueError(
+            f"no guidance schedule is called {name!r}{nearest(name, SCHEDULES)}; "
+            f"choose one of {', '.join(SCHEDULES)}"
+        )
+    return SCHEDULES[name]

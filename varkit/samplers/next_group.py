@@ -1,0 +1,163 @@
+"""Sampling group by group: predict, guide, filter, draw, record. Which groups, the generator says."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from varkit.heads.categorical import Categorical, pick
+from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.rng import Draw, Rng
+from varkit.samplers.guidance import guidance_schedule
+from varkit.samplers.processors import build_processors
+
+
+@dataclass
+class StepInfo:
+    """What `on_step` sees after each group."""
+
+    step: int
+    num_steps: int
+    positions: Tensor  # (n,)
+    predicted: Tensor  # (B, n) ids as drawn, before known tokens replaced any
+    tokens: Tensor  # (B, decided so far): ids, or (B, ., C) vectors when smoothing
+    logits: Tensor  # (B, n, V) guided, not filtered
+
+
+@dataclass
+class SamplerOutput:
+    """`tokens` (B, L) ids, or (B, L, C) vectors when smoothing; what it took."""
+
+    tokens: Tensor
+    steps: int
+    network_calls: int
+    seconds: float
+
+
+Known = tuple[Tensor, Tensor]
+"""Tokens (B, L) and a bool mask (L,) or (B, L): where it is True the given token is kept."""
+
+
+class NextGroupSampler(SchedulerMixin, ConfigMixin):
+    """Predict one group of positions after another; for VAR a group is a scale.
+
+    The settings are defaults of a model's folder; `generate` takes any of them anew.
+
+    Args:
+        guidance_scale: w of uncond + w (cond - uncond); 1 is off.
+        guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine` or `late`.
+        temperature, top_k, top_p, min_p: as in transformers (top_k 0, top_p 1, min_p 0 are off).
+        more_smooth: hand on mixtures of codes instead of codes (VAR's "for visualisation only"): smoother
+            pictures, worse statistics.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 1.0,
+        guidance_schedule: str = "linear",
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        more_smooth: bool = False,
+    ) -> None:
+        self.settings(**dict(self.config))
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """The configured settings with those `changes` that are not None. Raises ValueError on a bad one."""
+        names = [
+            "guidance_scale",
+            "guidance_schedule",
+            "temperature",
+            "top_k",
+            "top_p",
+            "min_p",
+            "more_smooth",
+        ]
+        merged = {name: self.config[name] for name in names}
+        merged |= {k: v for k, v in changes.items() if v is not None and k in names}
+        guidance_schedule(merged["guidance_schedule"])
+        build_processors(**{k: merged[k] for k in ("temperature", "top_k", "top_p", "min_p")})
+        return merged
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        transformer: Generator,
+        cond: Cond,
+        rng: Rng,
+        null: Cond | None = None,
+        known: Known | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+        **changes: Any,
+    ) -> SamplerOutput:
+        """Sample one token sequence for each row of `cond`.
+
+        Args:
+            null: the unconditional branch; needed unless guidance_scale is 1.
+            known: tokens to keep: the hook of in-painting, out-painting and editing.
+            on_step: called after each group.
+            changes: settings to use instead of the configured ones.
+        Raises: ValueError on a bad setting, or on parts with different layouts, before any work.
+        """
+        settings = self.settings(**changes)
+        transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
+        processors = build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")})
+        schedule, w = guidance_schedule(settings["guidance_schedule"]), float(settings["guidance_scale"])
+        if w != 1 and null is None:
+            raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
+        groups = transformer.schedule()
+        began = time.perf_counter()
+        state = transformer.start(cond, null if w != 1 else None)
+        running = tokenizer.running(len(cond))
+        decided: list[Tensor] = []
+        for step, positions in enumerate(groups):
+            predictive = transformer.predict(state, running.inputs(positions), positions)
+            assert isinstance(predictive, Categorical)
+            if w != 1:
+                predictive = predictive.guide(schedule(w, step, len(groups) - 1))
+            filtered = predictive.process(processors)
+            predicted = pick(filtered.probs(), rng.uniform(positions, Draw.TOKEN))
+            tokens = predicted
+            if settings["more_smooth"]:
+                progress = step / max(len(groups) - 1, 1)
+                noise = rng.gumbel(positions, Draw.GUMBEL, count=filtered.logits.shape[-1])
+                tokens = mixture(filtered.logits, noise, progress) @ tokenizer.codebook
+            if known is not None:
+                tokens = keep_known(tokens, known, positions, tokenizer)
+            transformer.append(state, tokens, positions)
+            running.record(tokens, positions)
+            decided.append(tokens)
+            if on_step is not None:
+                on_step(
+                    StepInfo(
+                        step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits
+                    )
+                )
+        return SamplerOutput(torch.cat(decided, 1), len(groups), len(groups), time.perf_counter() - began)
+
+
+def mixture(logits: Tensor, gumbel: Tensor, progress: float) -> Tensor:
+    """Weights (B, n, V) of a soft pick that hardens from the first scale (0) to the last (1).
+
+    Source: FoundationVision/VAR: models/var.py, `more_smooth`.
+    """
+    tau = max(0.27 * (1 - 0.95 * progress), 0.005)
+    return ((logits * (1 + progress) + gumbel) / tau).softmax(-1)
+
+
+def keep_known(tokens: Tensor, known: Known, positions: Tensor, tokenizer: Tokenizer) -> Tensor:
+    """`tokens` of a group (ids or vectors) with the known ones in their places."""
+    given, keep = known[0][:, positions], known[1][..., positions]
+    if tokens.is_floating_point():
+        return torch.where(keep[..., None], tokenizer.vectors(given), tokens)
+    return torch.where(keep, given, tokens)

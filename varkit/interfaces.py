@@ -155,6 +155,9 @@ class Objective(nn.Module, ABC):
     image_size: tuple[int, int]
     """Height and width of the images the objective takes."""
 
+    max_steps: int
+    """Steps of the whole run; the loop sets it before training starts."""
+
     def __init__(self) -> None:
         super().__init__()
         self._frozen: dict[str, nn.Module] = {}
@@ -174,20 +177,27 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         """Losses of one micro-batch in one phase of optimiser step `step` (from 0)."""
 
+    def all_phases(self) -> list[str]:
+        """The phases that a step may have; each has an optimiser of its own."""
+        return ["main"]
+
     def phases(self, step: int) -> list[str]:
         """The phases of this step, in order."""
         return ["main"]
 
     @abstractmethod
     def trained(self, phase: str) -> nn.Module:
-        """The sub-module that `phase` trains."""
+        """The sub-module that `phase` trains. That of `main` is averaged (EMA) and exported."""
 
-    def ema_module(self) -> nn.Module:
-        """The sub-module whose exponential moving average is kept and exported."""
-        return self.trained("main")
+    def optim(self, phase: str, default: Any) -> Any:
+        """The `OptimConfig` of a phase, given the recipe's own."""
+        return default
 
-    def after_step(self, step: int, rng: Rng) -> dict[str, float]:
-        """Called after the optimisers have stepped; may return numbers for the log."""
+    def after_step(self, step: int, rng: Rng) -> None:
+        """Called after the optimisers have stepped."""
+
+    def statistics(self) -> dict[str, float]:
+        """Further numbers for the log, asked for only when a line is written."""
         return {}
 
     @abstractmethod

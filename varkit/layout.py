@@ -40,9 +40,7 @@ class TokenLayout:
             object.__setattr__(self, "codebook_size", tuple(self.codebook_size))
         sizes = self.codebook_size if isinstance(self.codebook_size, tuple) else (self.codebook_size,)
         if any(s is not None and s < 1 for s in sizes) or self.dim < 1:
-            raise ValueError(
-                f"codebook_size and dim must be positive; got {self.codebook_size} and {self.dim}"
-            )
+            raise ValueError(f"codebook_size and dim must be positive; got {self.codebook_size} and {self.dim}")
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -63,9 +61,7 @@ class TokenLayout:
     def split(self, tokens: Tensor) -> list[Tensor]:
         """(B, L, ...) -> one (B, n_k, ...) view a grid. Raises ValueError on another length."""
         if tokens.shape[1] != self.length:
-            raise ValueError(
-                f"got {tokens.shape[1]} tokens; this layout has {self.length} ({self.describe()})"
-            )
+            raise ValueError(f"got {tokens.shape[1]} tokens; this layout has {self.length} ({self.describe()})")
         return [tokens[:, s] for s in self.slices]
 
     def describe(self) -> str:

@@ -97,9 +97,7 @@ def _load() -> None:
 def list_models(pattern: str = "*", kind: Kind | None = None) -> list[str]:
     """Names of registered builders that match a shell pattern, sorted."""
     _load()
-    return sorted(
-        n for n, e in _models.items() if fnmatch.fnmatch(n, pattern) and kind in (None, e.kind)
-    )
+    return sorted(n for n, e in _models.items() if fnmatch.fnmatch(n, pattern) and kind in (None, e.kind))
 
 
 def list_checkpoints(pattern: str = "*") -> list[str]:
@@ -112,9 +110,7 @@ def model_entry(name: str) -> ModelEntry:
     """Raises ValueError naming the nearest builder when `name` is none."""
     _load()
     if name not in _models:
-        raise ValueError(
-            f"no model is called {name!r}{nearest(name, _models)}; `varkit list` shows all of them"
-        )
+        raise ValueError(f"no model is called {name!r}{nearest(name, _models)}; `varkit list` shows all of them")
     return _models[name]
 
 

@@ -76,9 +76,7 @@ class Rng:
         """Seeds for samples known by a number: a bijection of `keys` (B,) int64 for a fixed `seed`."""
         k0, k1 = (torch.full_like(keys, w) for w in (seed & _MASK, (seed >> 32) & _MASK))
         zero = torch.zeros_like(keys)
-        a, b, _, _ = philox4x32(
-            (keys & _MASK, (keys >> 32) & _MASK, zero + int(Draw.KEY), zero), (k0, k1)
-        )
+        a, b, _, _ = philox4x32((keys & _MASK, (keys >> 32) & _MASK, zero + int(Draw.KEY), zero), (k0, k1))
         return cls((a << 32) | b)
 
     @classmethod
@@ -111,13 +109,11 @@ class Rng:
         seeds = self.seeds.view(-1, 1, 1)
         shape = torch.broadcast_shapes(position.shape, block.shape, seeds.shape)
         kind_word, step_word = (torch.full_like(seeds, int(w)) for w in (kind, step))
-        words = philox4x32(
-            (position & _MASK, block, kind_word, step_word), (seeds & _MASK, (seeds >> 32) & _MASK)
-        )
+        words = philox4x32((position & _MASK, block, kind_word, step_word), (seeds & _MASK, (seeds >> 32) & _MASK))
         return torch.stack([w.expand(shape) for w in words], -1).flatten(2)  # B n 4*blocks
 
     def uniform(self, positions: Tensor, kind: int, step: int = 0, count: int | None = None) -> Tensor:
-        """Uniform float32 in the open interval (0, 1), 24 random bits each.
+        """Uniform float32 in the open interval (0, 1), 23 random bits each.
 
         Args:
             positions: (n,) or (B, n) int64 in [0, 2**32).
@@ -127,7 +123,7 @@ class Rng:
         """
         words = self.bits(positions, kind, step, 1 if count is None else -(-count // 4))
         words = words[..., 0] if count is None else words[..., :count]
-        return ((words >> 8).to(torch.float32) + 0.5) * 2.0**-24
+        return ((words >> 9).to(torch.float32) + 0.5) * 2.0**-23  # exact: never 0, never 1
 
     def normal(self, positions: Tensor, kind: int, step: int = 0, count: int | None = None) -> Tensor:
         """Standard normal float32 by Box-Muller; shapes as `uniform`. Devices may differ by an ulp."""

@@ -91,9 +91,7 @@ def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:
         arguments = {**var_keys.read_var_arguments(state), **overrides}
         with torch.device("meta"):
             model = VAR(**arguments)
-        levels = torch.repeat_interleave(
-            torch.arange(len(model.layout.sizes)), torch.tensor(model.layout.sizes)
-        )
+        levels = torch.repeat_interleave(torch.arange(len(model.layout.sizes)), torch.tensor(model.layout.sizes))
         model.register_buffer("levels", levels, persistent=False)
         state = var_keys.var_from_official(state)
     else:

@@ -155,12 +155,9 @@ def read_tokenizer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     width = state["encoder.conv_in.weight"].shape[0]
     levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("encoder.down."))
     blocks = [
-        max(int(k.split(".")[4]) for k in state if k.startswith(f"encoder.down.{i}.block."))
-        for i in range(levels)
+        max(int(k.split(".")[4]) for k in state if k.startswith(f"encoder.down.{i}.block.")) for i in range(levels)
     ]
-    last = [
-        state[f"encoder.down.{i}.block.{blocks[i]}.conv2.weight"].shape[0] // width for i in range(levels)
-    ]
+    last = [state[f"encoder.down.{i}.block.{blocks[i]}.conv2.weight"].shape[0] // width for i in range(levels)]
     size, dim = state["quantize.embedding.weight"].shape
     convs = len({k.split(".")[3] for k in state if k.startswith("quantize.quant_resi.qresi_ls.")})
     alone = any(k.startswith("quantize.quant_resi.qresi.") for k in state)

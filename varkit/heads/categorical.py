@@ -33,9 +33,7 @@ def weighted_cross_entropy(
 
     Args: logits: (B, n, V).   target: (B, n) ids.   weight: a number or (n,).
     """
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing, reduction="none"
-    )
+    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing, reduction="none")
     return (losses.view_as(target) * weight).sum(1).mean()
 
 

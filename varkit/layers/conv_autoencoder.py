@@ -28,9 +28,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = (
-            nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-        )
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -87,9 +85,7 @@ def middle(channels: int, dropout: float, attention: bool) -> nn.Module:
 def level(widths: Sequence[int], dropout: float, attention: bool) -> nn.Module:
     """Residual blocks from width to width, each followed by attention where asked for."""
     stage = nn.Module()
-    stage.block = nn.ModuleList(
-        ResnetBlock(i, o, dropout) for i, o in zip(widths[:-1], widths[1:], strict=True)
-    )
+    stage.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in zip(widths[:-1], widths[1:], strict=True))
     stage.attn = nn.ModuleList(AttnBlock(o) for o in widths[1:] if attention)
     return stage
 

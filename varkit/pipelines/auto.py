@@ -115,9 +115,10 @@ def _from_checkpoint(card: registry.Checkpoint, dtype: torch.dtype | None) -> An
 def _from_hub(name: str) -> Path:
     if name.count("/") != 1 or Path(name).exists() or name.startswith((".", "/", "~")):
         if name in registry.list_models():
+            checkpoints = ", ".join(registry.list_checkpoints(name + ".*")) or "none known"
             raise ValueError(
                 f"{name} is an architecture without weights; train it, convert a released file with "
-                f"`varkit convert`, or open a checkpoint: {', '.join(registry.list_checkpoints(name + '.*')) or 'none known'}"
+                f"`varkit convert`, or open a checkpoint of it: {checkpoints}"
             )
         known = [*zoo_models(), *registry.list_checkpoints()]
         raise ValueError(

@@ -62,8 +62,7 @@ def image_to_tensor(image: Image.Image | Tensor | Sequence[Image.Image], size: t
     if not images or not all(isinstance(i, Image.Image) for i in images):
         raise TypeError("image must be a PIL image, a non-empty list of them, or a tensor (B, 3, H, W) in [-1, 1]")
     arrays = [
-        np.asarray(i.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32)
-        for i in images
+        np.asarray(i.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32) for i in images
     ]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).div(127.5).sub(1)
 

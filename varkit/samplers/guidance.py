@@ -46,7 +46,6 @@ def guidance_schedule(name: str) -> GuidanceSchedule:
     """Raises ValueError naming the nearest schedule when `name` is none."""
     if name not in SCHEDULES:
         raise ValueError(
-            f"no guidance schedule is called {name!r}{nearest(name, SCHEDULES)}; "
-            f"choose one of {', '.join(SCHEDULES)}"
+            f"no guidance schedule is called {name!r}{nearest(name, SCHEDULES)}; choose one of {', '.join(SCHEDULES)}"
         )
     return SCHEDULES[name]

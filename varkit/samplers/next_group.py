@@ -138,11 +138,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             running.record(tokens, positions)
             decided.append(tokens)
             if on_step is not None:
-                on_step(
-                    StepInfo(
-                        step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits
-                    )
-                )
+                on_step(StepInfo(step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits))
         return SamplerOutput(torch.cat(decided, 1), len(groups), len(groups), time.perf_counter() - began)
 
 

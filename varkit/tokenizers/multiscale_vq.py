@@ -140,16 +140,18 @@ class MultiScaleQuantizer(nn.Module):
     def nearest(self, z: Tensor) -> Tensor:
         """(N, C) -> (N,) ids of the nearest codes."""
         codes = self.codebook
-        if self.normalize_codes:
-            return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(-1)
-        # |z|^2 is the same for every code, so it plays no part in the minimum.
-        return torch.addmm(codes.square().sum(-1), z, codes.T, alpha=-2).argmin(-1)
+        with torch.autocast(z.device.type, enabled=False):
+            if self.normalize_codes:
+                return (F.normalize(z, dim=-1) @ F.normalize(codes, dim=-1).T).argmax(-1)
+            # |z|^2 is the same for every code, so it plays no part in the minimum.
+            return torch.addmm(codes.square().sum(-1), z, codes.T, alpha=-2).argmin(-1)
 
     def expand(self, h: Tensor, scale: int, num_scales: int, size: Grid) -> Tensor:
         """A code map (B, C, h, w) of one scale as its share of the feature map (B, C, H, W)."""
-        if tuple(h.shape[-2:]) != tuple(size):
-            h = F.interpolate(h, size=size, mode="bicubic")
-        return self.quant_resi(h, scale, num_scales)
+        with torch.autocast(h.device.type, enabled=False):
+            if tuple(h.shape[-2:]) != tuple(size):
+                h = F.interpolate(h, size=size, mode="bicubic")
+            return self.quant_resi(h, scale, num_scales)
 
     def walk(self, features: Tensor, grids: Sequence[Grid]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Quantise scale by scale; yields ids (B, n_k), what they code (B * n_k, C), and f_hat so far."""
@@ -174,15 +176,14 @@ class MultiScaleQuantizer(nn.Module):
 
         Args: features: (B, C, H, W).   grids: another list of scales than the module's own.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.float()
-            grids = self.grids if grids is None else tuple(grids)
-            steps = list(self.walk(features, grids))
-            loss = torch.zeros((), device=features.device)
-            for _, _, f_hat in steps:
-                loss = loss + self.commitment_weight * F.mse_loss(features, f_hat.detach())
-                loss = loss + F.mse_loss(f_hat, features.detach())
-            f_hat = (steps[-1][2] - features).detach() + features
+        features = features.float()
+        grids = self.grids if grids is None else tuple(grids)
+        steps = list(self.walk(features, grids))
+        loss = torch.zeros((), device=features.device)
+        for _, _, f_hat in steps:
+            loss = loss + self.commitment_weight * F.mse_loss(features, f_hat.detach())
+            loss = loss + F.mse_loss(f_hat, features.detach())
+        f_hat = (steps[-1][2] - features).detach() + features
         ids = [step[0] for step in steps]
         if self.training and len(grids) == len(self.grids):
             self.record_usage(ids)
@@ -190,9 +191,8 @@ class MultiScaleQuantizer(nn.Module):
 
     def encode(self, features: Tensor, grids: Sequence[Grid] | None = None) -> Tensor:
         """(B, C, H, W) -> ids (B, L)."""
-        with torch.autocast(features.device.type, enabled=False):
-            steps = self.walk(features.float(), self.grids if grids is None else grids)
-            return torch.cat([ids for ids, _, _ in steps], 1)
+        steps = self.walk(features.float(), self.grids if grids is None else grids)
+        return torch.cat([ids for ids, _, _ in steps], 1)
 
     def sums(self, tokens: Tensor, grids: Sequence[Grid] | None = None) -> list[Tensor]:
         """f_hat (B, C, H, W) after each scale.
@@ -242,9 +242,7 @@ class MultiScaleQuantizer(nn.Module):
 class RunningSum:
     """f_hat of a batch being sampled: what `MultiScaleVQ.embed` computes at once, scale by scale."""
 
-    def __init__(
-        self, quantizer: MultiScaleQuantizer, batch: int, grids: Sequence[Grid] | None = None
-    ) -> None:
+    def __init__(self, quantizer: MultiScaleQuantizer, batch: int, grids: Sequence[Grid] | None = None) -> None:
         self.quantizer, self.scale = quantizer, 0
         self.grids = quantizer.grids if grids is None else tuple(grids)
         height, width = self.grids[-1]
@@ -439,10 +437,11 @@ _PRESETS: dict[str, tuple[dict[str, Any], str]] = {
             "codebook_size": 512,
             "latent_dim": 16,
             "base_channels": 32,
-            "channel_multipliers": (1, 2, 2),
+            "channel_multipliers": (1, 1, 2),
             "num_res_blocks": 1,
             "image_channels": 1,
             "attention": False,
+            "mid_attention": False,
             "scales": (1, 2, 3, 4, 6, 8),
         },
         "Fashion-MNIST at 32x32: f4, 512 codes, 6 scales, 130 tokens",

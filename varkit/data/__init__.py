@@ -1,0 +1,24 @@
+"""Reading, checking and preparing data, for training, evaluation and tokenizing alike."""
+
+from varkit.data.fashion import FASHION_CLASSES, prepare_fashion_mnist
+from varkit.data.images import (
+    DataReport,
+    ImageDataset,
+    SkippedImage,
+    check_images,
+    collate,
+    open_images,
+)
+from varkit.data.transforms import ImageTransform
+
+__all__ = [
+    "FASHION_CLASSES",
+    "DataReport",
+    "ImageDataset",
+    "ImageTransform",
+    "SkippedImage",
+    "check_images",
+    "collate",
+    "open_images",
+    "prepare_fashion_mnist",
+]

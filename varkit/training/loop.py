@@ -1,0 +1,412 @@
+"""The one training loop, on accelerate, for every objective."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from varkit.config import ConfigError
+from varkit.data.images import ImageDataset, collate, open_images
+from varkit.data.transforms import ImageTransform
+from varkit.interfaces import Objective
+from varkit.rng import Rng
+from varkit.training.batches import StepBatches
+from varkit.training.checkpoint import Checkpoints
+from varkit.training.objectives import build_objective
+from varkit.training.optim import make_optimizer, set_schedule
+from varkit.training.recipe import Recipe, recipe_values
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended."""
+
+    folder: Path
+    step: int  # optimiser steps taken in all
+    finished: bool  # False: stopped by a signal, to be resumed
+    seconds: float
+    model: Path | None  # the exported model, once finished
+
+
+class Progress:
+    """The part of the loop's state that is no network: registered with accelerate, saved with it."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to save and end; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def note(number: int, frame: Any) -> None:
+            if self.received is not None:
+                raise KeyboardInterrupt
+            self.received = signal.Signals(number).name
+
+        try:
+            before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> TrainResult:
+    """Run a recipe to its end, or to a signal.
+
+    Writes into `recipe.folder`: recipe.yaml, metrics.jsonl, samples/, checkpoints/, and model/ at the end.
+
+    Args: resume: continue from the newest checkpoint there.
+    Raises: ConfigError or ValueError before any work when data, model or folder do not fit.
+    """
+    return Trainer(recipe, resume).run()
+
+
+class Trainer:
+    """Sets a run up, then steps through it. `run` reads top to bottom."""
+
+    def __init__(self, recipe: Recipe, resume: bool) -> None:
+        self.recipe, self.loop, self.folder = recipe, recipe.loop, recipe.folder
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", self.loop.keep)
+        self._check_folder(resume)
+        self.dataset = self._open(recipe.data.train, recipe.data.train_split)
+        self.validation = None
+        if recipe.data.validation is not None:
+            self.validation = self._open(recipe.data.validation, recipe.data.validation_split)
+        self.accelerator = Accelerator(
+            mixed_precision=self.loop.precision,
+            log_with=None if self.loop.tracker == "none" else self.loop.tracker,
+            project_dir=self.folder,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        set_seed(self.loop.seed, device_specific=True)
+        self.objective: Objective = build_objective(recipe.objective, self.dataset.classes)
+        self.objective.max_steps = self.loop.steps
+        self.objective.train()
+        self._set_transforms()
+        self.phases = self.objective.all_phases()
+        self.parameters = {
+            p: [w for w in self.objective.trained(p).parameters() if w.requires_grad] for p in self.phases
+        }
+        self.optim = {p: self.objective.optim(p, recipe.optim) for p in self.phases}
+        optimizers = [make_optimizer(self.objective.trained(p), self.optim[p]) for p in self.phases]
+        self.model, *prepared = self.accelerator.prepare(self.objective, *optimizers)
+        self.optimizers = dict(zip(self.phases, prepared, strict=True))
+        self.progress = Progress()
+        self.accelerator.register_for_checkpointing(self.progress)
+        self.ema: EMAModel | None = None
+        if self.loop.ema_decay:
+            self.ema = EMAModel(self.objective.trained("main").parameters(), decay=self.loop.ema_decay)
+            self.accelerator.register_for_checkpointing(self.ema)
+        latest = self.checkpoints.latest() if resume else None
+        if latest is not None:
+            self.accelerator.load_state(str(latest))
+            self._say(f"resumed from {latest}")
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+
+    # ---- set-up -------------------------------------------------------------------------------------------
+
+    def _check_folder(self, resume: bool) -> None:
+        latest = self.checkpoints.latest()
+        if resume and latest is None:
+            raise ConfigError(f"nothing to resume: {self.checkpoints.folder} holds no checkpoint")
+        if not resume and latest is not None:
+            raise ConfigError(
+                f"{self.folder} already holds a run ({latest.name}); continue it with --resume, or choose another "
+                f"folder with out=..."
+            )
+
+    def _open(self, source: str, split: str) -> ImageDataset:
+        return open_images(source, split=split, root=self.recipe.data.root)
+
+    def _set_transforms(self) -> None:
+        data = self.recipe.data
+        size = self.objective.image_size
+        self.dataset.transform = ImageTransform(
+            size, mode=data.mode, enlarge=data.enlarge, flip=data.flip, seed=self.loop.seed
+        )
+        if self.validation is not None:
+            mode = "center" if data.mode == "crop" else data.mode
+            self.validation.transform = ImageTransform(size, mode=mode, enlarge=data.enlarge)
+
+    def _loader(self) -> DataLoader[Any]:
+        a = self.accelerator
+        batches = StepBatches(
+            len(self.dataset),
+            self.loop.batch_size,
+            start=self.progress.step,
+            stop=self.loop.steps,
+            seed=self.loop.seed,
+            accumulation=self.loop.accumulation,
+            process=a.process_index,
+            processes=a.num_processes,
+        )
+        workers = self.recipe.data.workers
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=a.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+
+    def _say(self, text: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(text, file=sys.stderr)
+
+    def _begin(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(self.recipe), sort_keys=False))
+        count = sum(p.numel() for p in self.objective.trained("main").parameters())
+        self._say(
+            f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} images of "
+            f"{len(self.dataset.classes)} classes, {self.loop.steps} steps of {self.loop.batch_size}, "
+            f"{self.loop.precision} on {self.accelerator.device} x {self.accelerator.num_processes}, into {self.folder}"
+        )
+
+    # ---- the run ------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        self._begin()
+        if self.loop.tracker != "none":
+            self.accelerator.init_trackers(self.recipe.name, config={"recipe": json.dumps(recipe_values(self.recipe))})
+        stop, began = StopSignal(), time.perf_counter() - self.progress.seconds
+        first, window = self.progress.step, Window()
+        loader = iter(self._loader())
+        bar = tqdm(
+            total=self.loop.steps,
+            initial=first,
+            unit="step",
+            disable=not (self.accelerator.is_main_process and sys.stderr.isatty()),
+        )
+        with stop.listening(), bar:
+            for step in range(first, self.loop.steps):
+                micros = [self._move(next(loader)) for _ in range(self.loop.accumulation)]
+                window.add(self.step(step, micros))
+                self.progress.step, self.progress.seconds = step + 1, time.perf_counter() - began
+                bar.update()
+                done, last = step + 1, step + 1 == self.loop.steps
+                if done % self.loop.log_every == 0 or last:
+                    self._log(done, window, bar)
+                if last or self._due(done, self.loop.validate_every):
+                    self._validate(done)
+                if last or self._due(done, self.loop.sample_every):
+                    self._sample(done)
+                if last or stop.received or self._due(done, self.loop.save_every):
+                    self._save(done)
+                if stop.received and not last:
+                    self._say(f"{stop.received}: saved step {done} of {self.loop.steps}; continue with --resume")
+                    self.accelerator.end_training()
+                    return TrainResult(self.folder, done, False, self.progress.seconds, None)
+        model = self._export()
+        self.accelerator.end_training()
+        self._say(f"finished {self.loop.steps} steps in {self.progress.seconds / 60:.1f} min; the model is {model}")
+        return TrainResult(self.folder, self.progress.step, True, self.progress.seconds, model)
+
+    def step(self, step: int, micros: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """One optimiser step: each phase over all micro-batches. Returns means of the named losses."""
+        numbers: dict[str, Tensor] = {}
+        for phase in self.objective.phases(step):
+            optimizer, optim = self.optimizers[phase], self.optim[phase]
+            set_schedule(optimizer, optim, step, self.loop.steps)
+            for name, weights in self.parameters.items():
+                for weight in weights:
+                    weight.requires_grad_(name == phase)
+            for i, batch in enumerate(micros):
+                rng = Rng.for_keys(self.loop.seed, batch["keys"])
+                sync = i == len(micros) - 1
+                with nullcontext() if sync else self.accelerator.no_sync(self.model):
+                    losses = self.model(batch, phase, step, self.loop.steps, rng)
+                    self.accelerator.backward(losses["loss"] / len(micros))
+                for name, value in losses.items():
+                    key = name if phase == "main" else f"{phase}/{name}"
+                    numbers[key] = numbers.get(key, 0) + value.detach() / len(micros)
+            if optim.clip:
+                norm = self.accelerator.clip_grad_norm_(self.parameters[phase], optim.clip)
+                numbers["grad_norm" if phase == "main" else f"{phase}/grad_norm"] = norm
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.objective.after_step(step, Rng.for_keys(self.loop.seed, torch.tensor([0])))
+        if self.ema is not None:
+            self.ema.step(self.objective.trained("main").parameters())
+        return numbers
+
+    def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images and labels to the device; keys stay on the host, where their few numbers are drawn."""
+        device = self.accelerator.device
+        return {k: v if k == "keys" else v.to(device, non_blocking=True) for k, v in batch.items()}
+
+    @staticmethod
+    def _due(step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    # ---- what is written ----------------------------------------------------------------------------------
+
+    def _write(self, step: int, numbers: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+        self.accelerator.log(numbers, step=step)
+
+    def _log(self, step: int, window: Window, bar: Any) -> None:
+        numbers, seconds, steps = window.close()
+        if not math.isfinite(numbers["loss"]):
+            latest = self.checkpoints.latest()
+            raise FloatingPointError(
+                f"the loss is {numbers['loss']} at step {step}; the last good checkpoint is {latest or 'none'}. Lower "
+                f"optim.lr, or train with loop.precision=no"
+            )
+        speed = steps * self.loop.batch_size / seconds
+        numbers |= self.objective.statistics()
+        numbers |= {
+            "lr": self.optimizers["main"].param_groups[0]["lr"],
+            "images_per_second": speed,
+            "seconds": self.progress.seconds,
+        }
+        self._write(step, numbers)
+        left = (self.loop.steps - step) * self.loop.batch_size / speed / 60
+        text = f"loss {numbers['loss']:.4f}  {speed:.0f} images/s"
+        if bar.disable:
+            self._say(f"step {step}/{self.loop.steps}  {text}  {left:.1f} min left")
+        else:
+            bar.set_postfix_str(text)
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the current ones, in eval mode."""
+        weights = list(self.objective.trained("main").parameters())
+        self.objective.eval()
+        if self.ema is not None:
+            self.ema.store(weights)
+            self.ema.copy_to(weights)
+        try:
+            with torch.no_grad(), self.accelerator.autocast():
+                yield
+        finally:
+            if self.ema is not None:
+                self.ema.restore(weights)
+            self.objective.train()
+
+    def _held_out(self, count: int, batch_size: int) -> Iterator[tuple[dict[str, Tensor], Rng]]:
+        """The first `count` held-out images (training images when there are none), cut in batches."""
+        data = self.validation or self.dataset
+        for first in range(0, min(count, len(data)), batch_size):
+            entries = list(range(first, min(first + batch_size, count, len(data))))
+            batch = self._move(collate(data.__getitems__(entries)))
+            yield batch, Rng.for_keys(self.loop.seed, batch["keys"])
+
+    def _validate(self, step: int) -> None:
+        if self.validation is None or not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return
+        sums, images = {}, 0
+        with self._averaged():
+            for batch, rng in self._held_out(self.loop.validate_images, 128):
+                count = len(batch["labels"])
+                for name, value in self.objective.validate(batch, rng).items():
+                    sums[f"validation/{name}"] = sums.get(f"validation/{name}", 0.0) + float(value) * count
+                images += count
+        numbers = {name: total / images for name, total in sums.items()}
+        self._write(step, numbers)
+        self._say(f"step {step}  " + "  ".join(f"{k} {v:.4f}" for k, v in numbers.items()))
+        self.accelerator.wait_for_everyone()
+
+    def _sample(self, step: int) -> None:
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                batch, rng = next(self._held_out(16, 16))
+                images = self.objective.pictures(batch, rng)
+            if images is not None:
+                path = self.folder / "samples" / f"step-{step:08d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture_grid(images, 8 if len(images) % 10 else 10).save(path)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, step: int) -> None:
+        def write(part: Path) -> None:
+            self.accelerator.save_state(str(part))
+
+        a = self.accelerator
+        path = self.checkpoints.save(step, write, a.is_main_process, a.wait_for_everyone)
+        self._say(f"saved {path}")
+
+    def _export(self) -> Path:
+        path = self.folder / "model"
+        if self.accelerator.is_main_process:
+            with self._averaged():
+                self.objective.export(path)
+        self.accelerator.wait_for_everyone()
+        return path
+
+
+class Window:
+    """Means of named numbers since the last log line, summed on the device: one sync a line, not a step."""
+
+    def __init__(self) -> None:
+        self._open()
+
+    def _open(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.steps, self.began = 0, time.perf_counter()
+
+    def add(self, numbers: dict[str, Tensor]) -> None:
+        for name, value in numbers.items():
+            self.sums[name] = self.sums.get(name, 0) + value.float()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self.steps += 1
+
+    def close(self) -> tuple[dict[str, float], float, int]:
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        seconds, steps = time.perf_counter() - self.began, self.steps
+        self._open()
+        return means, seconds, steps
+
+
+def picture_grid(images: Tensor, columns: int) -> Image.Image:
+    """(N, 3, H, W) in [-1, 1] -> one picture, two pixels between images."""
+    from torchvision.utils import make_grid
+
+    grid = make_grid(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
+    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())

@@ -1,0 +1,35 @@
+"""What can be trained. Each objective is one file; a recipe names one by `objective.name`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from varkit.config import ConfigError, build, nearest
+from varkit.interfaces import Objective
+
+OBJECTIVES = {
+    "multiscale-vq": "varkit.training.objectives.multiscale_vq",
+    "next-scale": "varkit.training.objectives.next_scale",
+    "classifier": "varkit.training.objectives.classifier",
+}
+"""Name -> module; each module has `Config` and `Training`."""
+
+
+def objective_module(name: Any) -> Any:
+    """Raises ConfigError naming the nearest objective when `name` is none."""
+    if name not in OBJECTIVES:
+        raise ConfigError(
+            f"objective.name must be one of {', '.join(OBJECTIVES)}; got {name!r}{nearest(str(name), OBJECTIVES)}"
+        )
+    return import_module(OBJECTIVES[name])
+
+
+def objective_config(values: dict[str, Any], source: str = "") -> Any:
+    """The `objective:` section of a recipe, checked by its objective's own Config."""
+    return build(objective_module(values.get("name")).Config, values, source=source, prefix="objective.")
+
+
+def build_objective(config: Any, classes: list[str]) -> Objective:
+    """Build the networks that `config` describes for data with these classes."""
+    return objective_module(config.name).Training(config, classes)

@@ -1,0 +1,232 @@
+"""Training the multi-scale VQ tokenizer: the piece of VAR that was never released.
+
+The paper's loss (arXiv 2404.02905, section 3.2) is reconstruction + quantisation + perceptual + adversarial.
+Weights and schedule follow the closest thing its authors published, the single-scale trainer
+FoundationVision/vaex; what that lacks, and its users report as codebook collapse, is answered here by
+restarting dead codes from the residuals of each scale, and by logging usage and perplexity per scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit import registry
+from varkit.config import ConfigError, config
+from varkit.interfaces import Losses, Objective
+from varkit.metrics.lpips import SMALLEST_SIDE, find_lpips
+from varkit.rng import Draw, Rng
+from varkit.tokenizers.multiscale_vq import MultiScaleVQ, Quantized
+from varkit.training.losses import (
+    AdversarialLoss,
+    PatchDiscriminator,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+)
+from varkit.training.optim import OptimConfig
+
+
+@config
+class Config:
+    """A multi-scale VQ tokenizer and its losses."""
+
+    name: Literal["multiscale-vq"] = "multiscale-vq"
+    model: str = "multiscale_vq_f16"  # a registered tokenizer
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # constructor arguments to change
+    init_from: str | None = None  # a folder or released file to start from
+    l1_weight: float = 0.2
+    l2_weight: float = 1.0
+    quantizer_weight: float = 1.0  # of commitment and codebook losses
+    perceptual_weight: float = 1.0  # LPIPS (VGG)
+    lpips: str = "auto"  # auto, none, or a folder with the two weight files
+    adversarial_weight: float = 0.4  # 0: no discriminator at all
+    adversarial_start: float = 0.2  # share of the steps after which it counts
+    adversarial_loss: AdversarialLoss = "hinge"
+    adaptive: bool = True  # scale the adversarial term to the reconstruction's gradient
+    adaptive_low: float = 0.015
+    adaptive_high: float = 1e4
+    discriminator_width: int = 64
+    discriminator_layers: int = 3
+    discriminator_optim: OptimConfig = OptimConfig(lr=3e-4, betas=(0.5, 0.9), weight_decay=0.0005, clip=10.0)
+    codebook: Literal["gradient", "ema"] = "gradient"  # how codes follow what they code
+    codebook_decay: float = 0.99  # of the ema codebook
+    restart_every: int = 100  # steps between restarts of dead codes; 0: never
+    restart_below: float = 0.03  # a code is dead when used less than this share of the mean
+    restart_until: float = 0.7  # share of the steps after which codes are left alone
+
+    def __post_init__(self) -> None:
+        if self.perceptual_weight < 0 or self.adversarial_weight < 0 or self.quantizer_weight < 0:
+            raise ConfigError("objective: loss weights must not be negative")
+
+
+class Training(Objective):
+    """Owns the tokenizer, the discriminator with its optimiser phase, and the perceptual net."""
+
+    def __init__(self, config: Config, classes: list[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer: MultiScaleVQ = self._build()
+        self.image_size = self.tokenizer.image_size
+        self.discriminator = None
+        if config.adversarial_weight:
+            self.discriminator = PatchDiscriminator(3, config.discriminator_width, config.discriminator_layers)
+        self.perceptual = False
+        if config.perceptual_weight and min(self.image_size) >= SMALLEST_SIDE:
+            lpips = find_lpips(config.lpips)
+            if lpips is not None:
+                self.freeze("lpips", lpips)
+                self.perceptual = True
+        quantizer = self.tokenizer.quantize
+        if config.codebook == "ema":
+            quantizer.embedding.weight.requires_grad_(False)
+            self.register_buffer("cluster_size", torch.ones(quantizer.embedding.num_embeddings))
+            self.register_buffer("cluster_sum", quantizer.codebook.detach().clone())
+        self.fakes: list[Tensor] = []  # reconstructions of this step, for the discriminator's turn
+        self.coded: list[Quantized] = []
+        self.max_steps = 1
+
+    def _build(self) -> MultiScaleVQ:
+        if self.config.init_from is None:
+            return registry.create_model(self.config.model, **self.config.model_overrides)
+        if Path(self.config.init_from).is_dir():
+            return MultiScaleVQ.from_pretrained(self.config.init_from)
+        from varkit.checkpoints.files import load_official
+
+        model = load_official(self.config.init_from, **self.config.model_overrides)
+        assert isinstance(model, MultiScaleVQ)
+        return model.train().requires_grad_(True)
+
+    # ---- what the loop asks ---------------------------------------------------------------------------------
+
+    def phases(self, step: int) -> list[str]:
+        adversarial = self.discriminator is not None and step >= self.config.adversarial_start * self.max_steps
+        return ["main", "discriminator"] if adversarial else ["main"]
+
+    def all_phases(self) -> list[str]:
+        return ["main", "discriminator"] if self.discriminator is not None else ["main"]
+
+    def trained(self, phase: str) -> nn.Module:
+        if phase == "main":
+            return self.tokenizer
+        assert self.discriminator is not None
+        return self.discriminator
+
+    def optim(self, phase: str, default: OptimConfig) -> OptimConfig:
+        return default if phase == "main" else self.config.discriminator_optim
+
+    # ---- losses ---------------------------------------------------------------------------------------------
+
+    def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
+        images = batch["images"]
+        if phase == "discriminator":
+            assert self.discriminator is not None
+            logits = self.discriminator(torch.cat([images, self.fakes.pop(0)]))  # one batch for BatchNorm
+            real, fake = logits.chunk(2)
+            loss = discriminator_loss(self.config.adversarial_loss, real, fake)
+            return {"loss": loss, "logit_real": real.float().mean(), "logit_fake": fake.float().mean()}
+        reconstruction, quantized = self.tokenizer(images)
+        self.coded.append(quantized)
+        c = self.config
+        l1, l2 = F.l1_loss(reconstruction, images), F.mse_loss(reconstruction, images)
+        nll = c.l1_weight * l1 + c.l2_weight * l2
+        losses: Losses = {"l1": l1, "l2": l2, "quantizer": quantized.loss}
+        if self.perceptual:
+            losses["lpips"] = self.frozen("lpips")(reconstruction, images).mean()
+            nll = nll + c.perceptual_weight * losses["lpips"]
+        loss = nll + c.quantizer_weight * quantized.loss
+        if "discriminator" in self.phases(step):
+            assert self.discriminator is not None
+            losses["adversarial"] = generator_loss(self.discriminator(reconstruction))
+            weight = torch.ones((), device=images.device)
+            if c.adaptive and torch.is_grad_enabled():
+                last = self.tokenizer.decoder.conv_out.weight
+                weight = adaptive_weight(nll, losses["adversarial"], last, c.adaptive_low, c.adaptive_high)
+            losses["adaptive_weight"] = weight
+            loss = loss + c.adversarial_weight * weight * losses["adversarial"]
+            self.fakes.append(reconstruction.detach())
+        return {"loss": loss, **losses}
+
+    @torch.no_grad()
+    def after_step(self, step: int, rng: Rng) -> None:
+        coded, self.coded = self.coded, []
+        self.fakes.clear()
+        if self.config.codebook == "ema":
+            self._follow_means(coded)
+        every, until = self.config.restart_every, self.config.restart_until * self.max_steps
+        if every and step % every == 0 and step <= until:
+            self._restart_dead_codes(coded[-1], step, rng)
+
+    def _follow_means(self, coded: list[Quantized]) -> None:
+        """Each code becomes the moving mean of what it codes (VQ-VAE, arXiv 1711.00937, appendix A)."""
+        ids = torch.cat([i.flatten() for q in coded for i in q.ids])
+        z = torch.cat([r for q in coded for r in q.residuals])
+        counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, torch.ones_like(z[:, 0]))
+        sums = torch.zeros_like(self.cluster_sum).index_add_(0, ids, z)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.cluster_size.lerp_(counts, 1 - self.config.codebook_decay)
+        self.cluster_sum.lerp_(sums, 1 - self.config.codebook_decay)
+        seen = self.cluster_size > 1e-3  # a code that nothing uses keeps its place
+        mean = self.cluster_sum / self.cluster_size.clamp_min(1e-3)[:, None]
+        self.tokenizer.codebook.copy_(torch.where(seen[:, None], mean, self.tokenizer.codebook))
+
+    def _restart_dead_codes(self, coded: Quantized, step: int, rng: Rng) -> None:
+        """Move codes that nothing uses onto residuals of this batch, all scales alike."""
+        quantizer = self.tokenizer.quantize
+        hits: Tensor = quantizer.ema_vocab_hit_SV  # type: ignore[assignment]
+        use = hits.sum(0)
+        dead = use < self.config.restart_below * use.mean()
+        count = int(dead.sum())
+        if count == 0:
+            return
+        u = Rng.for_keys(int(rng.seeds[0]), torch.tensor([step])).uniform(torch.arange(count), Draw.RESTART, count=2)[0]
+        scale = (u[:, 0] * len(coded.residuals)).long().tolist()
+        rows = [int(v * len(coded.residuals[k])) for k, v in zip(scale, u[:, 1].tolist(), strict=True)]
+        fresh = torch.stack([coded.residuals[k][row] for k, row in zip(scale, rows, strict=True)])
+        if dist.is_available() and dist.is_initialized():
+            dist.broadcast(fresh, 0)
+        quantizer.codebook[dead] = fresh
+        hits[:, dead] = use.mean() / len(hits)
+        if self.config.codebook == "ema":
+            self.cluster_size[dead] = 1.0
+            self.cluster_sum[dead] = fresh
+
+    # ---- what is shown --------------------------------------------------------------------------------------
+
+    def statistics(self) -> dict[str, float]:
+        """Usage (share of codes with at least 8 % of the mean use) and perplexity, per scale and over all."""
+        hits: Tensor = self.tokenizer.quantize.ema_vocab_hit_SV.cpu()  # type: ignore[operator]
+        numbers: dict[str, float] = {}
+        rows = {f"scale{k}": row for k, row in enumerate(hits)} | {"all": hits.sum(0)}
+        for name, row in rows.items():
+            p = row / row.sum().clamp_min(1e-12)
+            numbers[f"usage/{name}"] = float((row >= 0.08 * row.mean()).float().mean())
+            numbers[f"perplexity/{name}"] = float(torch.special.entr(p).sum().exp())
+        return numbers
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], rng: Rng) -> Losses:
+        images = batch["images"]
+        mse = F.mse_loss(self._reconstruct(images), images, reduction="none").mean((1, 2, 3))
+        return {"psnr": (10 * torch.log10(4 / mse)).mean(), "l2": mse.mean()}
+
+    def _reconstruct(self, images: Tensor) -> Tensor:
+        return self.tokenizer.decode(self.tokenizer.encode(images)).float()
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
+        """Originals and, below each row of them, their reconstructions."""
+        images = batch["images"][:16]
+        pairs = zip(images.split(8), self._reconstruct(images).split(8), strict=True)
+        return torch.cat([row for pair in pairs for row in pair])
+
+    def export(self, folder: Path) -> None:
+        self.tokenizer.save_pretrained(folder)

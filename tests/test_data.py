@@ -271,7 +271,7 @@ def test_without_transform_pixels_come_as_stored(classes: Path) -> None:
     save(classes / "a" / "9.png", size=(8, 8))
     with pytest.raises(ValueError, match="ImageTransform"):
         open_images(classes).__getitems__([0, 4])
-    with pytest.raises(ValueError, match="9.png.*pad size 4x4|0.PNG.*pad size 4x4"):
+    with pytest.raises(ValueError, match=r"9.png.*pad size 4x4|0.PNG.*pad size 4x4"):
         _ = open_images(classes, transform=ImageTransform(4, "pad"))[0]
 
 
@@ -494,7 +494,7 @@ def test_wrong_metadata_is_named_by_line(tmp_path: Path, line: object, message: 
 
 
 def test_metadata_without_any_file(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="gone.png: no such file"):
+    with pytest.raises(ValueError, match=r"gone.png: no such file"):
         open_images(metadata(tmp_path, {"file_name": "gone.png"}))
 
 
@@ -502,7 +502,7 @@ def test_metadata_without_any_file(tmp_path: Path) -> None:
 
 
 def test_missing_paths_and_misspelt_names(classes: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="did you mean 'fashion-mnist'.*Allowed: a folder"):
+    with pytest.raises(FileNotFoundError, match=r"did you mean 'fashion-mnist'.*Allowed: a folder"):
         open_images("fashion_mnist")
     (classes / "flowers").mkdir()
     with pytest.raises(FileNotFoundError, match="did you mean 'flowers'"):

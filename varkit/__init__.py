@@ -22,7 +22,7 @@ _EXPORTS = {
     "list_models": "varkit.registry",
     "open_images": "varkit.data.images",
 }
-__all__ = ["__version__", *sorted(_EXPORTS)]  # noqa: PLE0604 - names are resolved by __getattr__
+__all__ = ["__version__", *sorted(_EXPORTS)]
 
 if TYPE_CHECKING:
     from varkit.data.images import open_images as open_images

@@ -37,7 +37,7 @@ def build(cls: type[T], values: Mapping[str, Any], *, source: str = "", prefix: 
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        return TypeAdapter(cls).validate_python(dict(values))
+        return TypeAdapter(cls).validate_python(_words(cls, values))
     except ValidationError as error:
         lines = [_explain(cls, e, prefix) for e in error.errors()]
     except (ValueError, TypeError) as error:
@@ -49,9 +49,11 @@ def build(cls: type[T], values: Mapping[str, Any], *, source: str = "", prefix: 
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML mapping. Raises ConfigError when the file is missing, is not YAML or is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -114,9 +116,21 @@ def _fields(cls: Any) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
 
 
+def _words(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, with the word `no`, which YAML 1.1 reads as false, given back to fields that take the word."""
+    fields = _fields(cls)
+    result = dict(values)
+    for key, value in values.items():
+        if value is False and "no" in typing.get_args(fields.get(key)):
+            result[key] = "no"
+        elif isinstance(value, Mapping):
+            result[key] = _words(fields.get(key), value)
+    return result
+
+
 def _explain(cls: type, error: Any, prefix: str) -> str:
     location = [str(part) for part in error["loc"]]
-    key = prefix + ".".join(location)
+    key = (prefix + ".".join(location)).rstrip(".")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         for part in location[:-1]:
             cls = _fields(cls).get(part, cls)
@@ -124,6 +138,9 @@ def _explain(cls: type, error: Any, prefix: str) -> str:
         return f"unknown key {key}{nearest(location[-1], valid)}; valid keys here: {', '.join(valid)}"
     if error["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
         return f"{key} is required"
+    own = error.get("ctx", {}).get("error")
+    if isinstance(own, ConfigError):  # from a __post_init__: it names key and value itself
+        return str(own) if str(own).startswith(key) else f"{key}: {own}"
     message = error["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     return f"{key}: {message}; got {error['input']!r}" if key else message

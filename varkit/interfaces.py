@@ -68,6 +68,11 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images that `layout` codes."""
+
+    @property
+    @abstractmethod
     def codebook(self) -> Tensor:
         """(V, C) float32."""
 

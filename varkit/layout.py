@@ -39,7 +39,7 @@ class TokenLayout:
         if isinstance(self.codebook_size, list):
             object.__setattr__(self, "codebook_size", tuple(self.codebook_size))
         sizes = self.codebook_size if isinstance(self.codebook_size, tuple) else (self.codebook_size,)
-        if any(s is not None and s < 1 for s in sizes) or self.dim < 1:
+        if not sizes or any(s is not None and s < 1 for s in sizes) or self.dim < 1:
             raise ValueError(f"codebook_size and dim must be positive; got {self.codebook_size} and {self.dim}")
 
     @cached_property

@@ -9,6 +9,7 @@ host, and two different uses can never share a number: they differ in a word of 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Self
 
@@ -73,7 +74,7 @@ class Rng:
 
     @classmethod
     def for_keys(cls, seed: int, keys: Tensor) -> Self:
-        """Seeds for samples known by a number: a bijection of `keys` (B,) int64 for a fixed `seed`."""
+        """Seeds for samples known by a number: `keys` (B,) int64, hashed to 64 bits under `seed`."""
         k0, k1 = (torch.full_like(keys, w) for w in (seed & _MASK, (seed >> 32) & _MASK))
         zero = torch.zeros_like(keys)
         a, b, _, _ = philox4x32((keys & _MASK, (keys >> 32) & _MASK, zero + int(Draw.KEY), zero), (k0, k1))
@@ -156,6 +157,15 @@ class RecordedRng(Rng):
         if len(rows) != 1:
             raise ValueError(f"recorded tables must share one batch size; got {sorted(rows)}")
         super().__init__(torch.arange(rows.pop()))
+
+    def to(self, device: str | torch.device) -> Self:
+        return self._each(lambda table: table.to(device))
+
+    def __getitem__(self, rows: slice | Tensor) -> Self:
+        return self._each(lambda table: table[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return type(self)(**{what: {k: change(t) for k, t in tables.items()} for what, tables in self.tables.items()})
 
     def _read(self, what: str, positions: Tensor, kind: int) -> Tensor:
         if kind not in self.tables[what]:

@@ -168,7 +168,7 @@ def _(case: Case) -> Answers:
 
 @adapter("var", "transformer", "loss_grads")
 def _(case: Case) -> Answers:
-    tokenizer, model = parts_of(case)
+    _, model = parts_of(case)
     inputs = keys.inputs_from_official(case.inputs["x"], model.layout.sizes[0])
     cond = LabelCondition(model.num_classes).encode(class_labels=case.inputs["label"])
     losses = model.training_loss(

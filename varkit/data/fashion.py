@@ -55,7 +55,7 @@ def read_array(path: Path) -> tuple[PixelArray, LabelArray | None]:
                 if "arr_0" not in loaded:
                     raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}, but no arr_0")
                 images = loaded["arr_0"]
-                labels = loaded["arr_1"] if "arr_1" in loaded else None
+                labels = loaded.get("arr_1")
     except Exception as error:  # a damaged archive raises all kinds of things
         if isinstance(error, OSError) and error.errno is not None:
             raise

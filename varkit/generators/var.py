@@ -115,7 +115,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm = nn.LayerNorm(dim, norm_eps, elementwise_affine=False)
         if shared_adaln:
-            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
+            self.ada_gss = nn.Parameter(torch.empty(1, 1, 6, dim))
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
@@ -249,7 +249,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
 
     @torch.no_grad()
     def init_weights(self, adaln_gain: float = 0.5, gamma_gain: float = 1e-3, head_gain: float = 0.02) -> None:
-        """Initialise as the reference does.
+        """Initialise as the reference does; a second call starts afresh.
 
         | what | value |
         |---|---|
@@ -257,6 +257,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
         | biases | 0 |
         | head.weight | times head_gain |
         | head_nm's Linear | times adaln_gain |
+        | ada_gss | normal, std sqrt(1 / C) |
         | ada_lin rows (or ada_gss) | gammas times gamma_gain, scales and shifts times adaln_gain |
         | attn.proj, ffn.fc2 | divided by sqrt(2 depth) |
         """
@@ -275,6 +276,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
             cast(nn.Linear, block.attn.proj).weight.div_(math.sqrt(2 * len(self.blocks)))
             cast(nn.Linear, block.ffn.fc2).weight.div_(math.sqrt(2 * len(self.blocks)))
             if self.config.shared_adaln:
+                nn.init.normal_(block.ada_gss, std=width**-0.5)
                 block.ada_gss[:, :, 2:].mul_(adaln_gain)
                 block.ada_gss[:, :, :2].mul_(gamma_gain)
             else:

@@ -9,6 +9,7 @@ Shapes: B batch, C channels, H W image or feature sides. Images in [-1, 1].
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +86,7 @@ def middle(channels: int, dropout: float, attention: bool) -> nn.Module:
 def level(widths: Sequence[int], dropout: float, attention: bool) -> nn.Module:
     """Residual blocks from width to width, each followed by attention where asked for."""
     stage = nn.Module()
-    stage.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in zip(widths[:-1], widths[1:], strict=True))
+    stage.block = nn.ModuleList(ResnetBlock(i, o, dropout) for i, o in pairwise(widths))
     stage.attn = nn.ModuleList(AttnBlock(o) for o in widths[1:] if attention)
     return stage
 

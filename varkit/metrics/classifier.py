@@ -43,7 +43,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
                 )
             )
             before = width
-        self.dropout = nn.Dropout(dropout)
+        self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(before, num_classes)
 
     def features(self, images: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ImageClassifier(ModelMixin, ConfigMixin):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, num_classes) logits."""
-        return self.head(self.dropout(self.features(images)))
+        return self.head(self.drop(self.features(images)))
 
 
 class Agreement:

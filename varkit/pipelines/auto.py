@@ -79,6 +79,30 @@ class AutoPipeline:
         return _assemble(model, tokenizer, sampling)
 
 
+def open_tokenizer(name: str) -> Any:
+    """The tokenizer of a shipped model or pipeline, a tokenizer's folder, or a released file.
+
+    Raises: ValueError when `name` is no shipped model, folder or released file.
+    """
+    from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+
+    folder = find_folder(name)
+    if folder is not None:
+        return MultiScaleVQ.from_pretrained(folder / "image_tokenizer")
+    if (Path(name) / "config.json").is_file():
+        return MultiScaleVQ.from_pretrained(name)
+    if Path(name).is_file():
+        from varkit.checkpoints.files import load_official
+
+        model = load_official(name)
+        if isinstance(model, MultiScaleVQ):
+            return model
+    raise ValueError(
+        f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of a "
+        f"tokenizer run), or a released file such as vae_ch160v4096z32.pth"
+    )
+
+
 def create_pipeline(name: str, **overrides: Any) -> Any:
     """A pipeline around the builder `name` with fresh, untrained weights, for benchmarks and tests.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,7 +124,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         else:
             ids = torch.tensor(self.label_ids(labels)).repeat_interleave(num_images_per_prompt)
             cond = condition.encode(class_labels=ids).to(device)
-        bar = self.progress_bar(total=len(self.transformer.layout.grids))
+        bar = self.progress_bar(total=len(self.transformer.schedule()))
 
         def on_step(info: StepInfo) -> None:
             bar.update()
@@ -236,3 +236,17 @@ def make_rng(
     if len(generator) != count:
         raise ValueError(f"{len(generator)} generators for {count} images; give one, or one an image")
     return Rng(torch.cat([Rng.from_generator(g, 1).seeds for g in generator]))
+
+
+def generate(
+    pipeline: Any, classes: Sequence[int], num: int, seed: int, batch_size: int, **settings: Any
+) -> Iterator[tuple[int, int, Image.Image]]:
+    """Image 0 .. num - 1 of the set that `seed` names: (index, class, image).
+
+    Classes are cycled. An image depends on its index, its class and the settings, not on `batch_size`.
+    """
+    for first in range(0, num, batch_size):
+        indices = range(first, min(first + batch_size, num))
+        labels = [classes[i % len(classes)] for i in indices]
+        out = pipeline(class_labels=labels, rng=Rng.from_seed(seed, len(indices), first), **settings)
+        yield from zip(indices, labels, out.images, strict=True)

@@ -139,7 +139,8 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             decided.append(tokens)
             if on_step is not None:
                 on_step(StepInfo(step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits))
-        return SamplerOutput(torch.cat(decided, 1), len(groups), len(groups), time.perf_counter() - began)
+        in_layout_order = torch.cat(decided, 1)[:, torch.cat(groups).argsort()]
+        return SamplerOutput(in_layout_order, len(groups), len(groups), time.perf_counter() - began)
 
 
 def mixture(logits: Tensor, gumbel: Tensor, progress: float) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -277,6 +277,7 @@ class MultiScaleVQ(ModelMixin, ConfigMixin, Tokenizer):
     """
 
     _no_split_modules = ("ResnetBlock",)
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # as _apply, when opened with torch_dtype=
 
     @register_to_config
     def __init__(

@@ -19,7 +19,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, oldest first."""
-        return sorted(int(p.name.removeprefix("step-")) for p in self.folder.glob("step-*") if p.is_dir())
+        names = [p.name.removeprefix("step-") for p in self.folder.glob("step-*") if p.is_dir()]
+        return sorted(int(n) for n in names if n.isdecimal())  # a copy somebody made (step-5.bak) is none of ours
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

@@ -19,7 +19,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from diffusers.training_utils import EMAModel
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -28,6 +27,7 @@ from varkit.config import ConfigError
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.transforms import ImageTransform
 from varkit.interfaces import Objective
+from varkit.pictures import grid, save_png, to_pil
 from varkit.rng import Rng
 from varkit.training.batches import StepBatches
 from varkit.training.checkpoint import Checkpoints
@@ -127,6 +127,8 @@ class Trainer:
         }
         self.optim = {p: self.objective.optim(p, recipe.optim) for p in self.phases}
         optimizers = [make_optimizer(self.objective.trained(p), self.optim[p]) for p in self.phases]
+        if self.loop.compile:
+            self.objective.trained("main").compile()  # in place: parameter names stay
         self.model, *prepared = self.accelerator.prepare(self.objective, *optimizers)
         self.optimizers = dict(zip(self.phases, prepared, strict=True))
         self.progress = Progress()
@@ -321,7 +323,8 @@ class Trainer:
             self.ema.store(weights)
             self.ema.copy_to(weights)
         try:
-            with torch.no_grad(), self.accelerator.autocast():
+            # Other shapes than in training: not worth compiling again.
+            with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
             if self.ema is not None:
@@ -358,9 +361,8 @@ class Trainer:
                 batch, rng = next(self._held_out(16, 16))
                 images = self.objective.pictures(batch, rng)
             if images is not None:
-                path = self.folder / "samples" / f"step-{step:08d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture_grid(images, 8 if len(images) % 10 else 10).save(path)
+                sheet = grid(to_pil(images), 8 if len(images) % 10 else 10)
+                save_png(sheet, self.folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.accelerator.wait_for_everyone()
 
     def _save(self, step: int) -> None:
@@ -402,11 +404,3 @@ class Window:
         seconds, steps = time.perf_counter() - self.began, self.steps
         self._open()
         return means, seconds, steps
-
-
-def picture_grid(images: Tensor, columns: int) -> Image.Image:
-    """(N, 3, H, W) in [-1, 1] -> one picture, two pixels between images."""
-    from torchvision.utils import make_grid
-
-    grid = make_grid(images.float().cpu().clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
-    return Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())

@@ -44,6 +44,8 @@ def lr_factor(schedule: str, done: float, final: float) -> float:
     Source: FoundationVision/VAR: utils/lr_control.py.
     """
     rest = 1 - done
+    if schedule == "exp" and not final > 0:
+        raise ConfigError(f"the exp schedule needs final > 0; got {final}")
     if schedule == "constant":
         return 1.0
     if schedule == "cos":

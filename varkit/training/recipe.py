@@ -35,6 +35,7 @@ class LoopConfig:
     batch_size: int  # images a step, over all processes and accumulated micro-batches
     accumulation: int = 1  # micro-batches a step
     precision: Literal["no", "bf16", "fp16"] = "bf16"
+    compile: bool = False  # torch.compile the trained network: a minute at the start, then faster steps
     ema_decay: float = 0.999  # of the weights that are validated and exported; 0: none
     seed: int = 0
     log_every: int = 20

@@ -17,7 +17,7 @@ from varkit.conditioning.label import LabelCondition
 from varkit.config import ConfigError, config
 from varkit.generators.var import VAR
 from varkit.interfaces import Losses, Objective
-from varkit.pipelines.auto import find_folder
+from varkit.pipelines.auto import find_folder, open_tokenizer
 from varkit.pipelines.class_to_image import ClassToImagePipeline
 from varkit.rng import Rng
 from varkit.samplers.next_group import NextGroupSampler
@@ -32,9 +32,7 @@ class Config:
     name: Literal["next-scale"] = "next-scale"
     tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), or a released file
     model: str = "var_d16"  # a registered generator
-    model_overrides: dict[str, Any] = field(
-        default_factory=dict
-    )  # to change; the tokenizer gives its sizes
+    model_overrides: dict[str, Any] = field(default_factory=dict)  # to change; the tokenizer gives its sizes
     init_from: str | None = None  # a folder or released file to start from
     label_smoothing: float = 0.0
     gamma_gain: float = 1e-3  # initial size of the gates' weights (official alng)
@@ -48,25 +46,6 @@ class Config:
             raise ConfigError(f"objective.progressive is a share of the steps, 0 to 1; got {self.progressive}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"objective.label_smoothing must be in [0, 1); got {self.label_smoothing}")
-
-
-def open_tokenizer(name: str) -> MultiScaleVQ:
-    """Raises ValueError when `name` is no shipped model, folder or released file."""
-    folder = find_folder(name)
-    if folder is not None:
-        return MultiScaleVQ.from_pretrained(folder / "image_tokenizer")
-    if (Path(name) / "config.json").is_file():
-        return MultiScaleVQ.from_pretrained(name)
-    if Path(name).is_file():
-        from varkit.checkpoints.files import load_official
-
-        model = load_official(name)
-        if isinstance(model, MultiScaleVQ):
-            return model
-    raise ValueError(
-        f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of a "
-        f"tokenizer run), or a released file such as vae_ch160v4096z32.pth"
-    )
 
 
 def progressive_stage(step: int, max_steps: int, warmup: int, share: float, first: int, last: int) -> tuple[int, float]:

@@ -1,0 +1,252 @@
+"""The demo in a real browser: Chromium, driven through chromedriver's WebDriver protocol with the standard library."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_demo import save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+CHROMEDRIVER = shutil.which("chromedriver")
+ELEMENT = "element-6066-11e4-a52e-4f735466cecf"  # the key that the WebDriver standard gives elements
+
+pytest.importorskip("gradio", reason='the demo needs gradio: pip install "varkit[app]"')
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="chromium or chromedriver is not installed"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true value of `condition`, asked again and again."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    raise AssertionError(f"waited {seconds:g} s in vain for: {what}")
+
+
+@contextmanager
+def process(command: list[str], log: Path, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as file:
+        child = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **env}, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield child
+    finally:
+        child.terminate()
+        try:
+            child.wait(20)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+class Browser:
+    """One WebDriver session: the dozen calls the test needs."""
+
+    def __init__(self, driver: str, profile: Path) -> None:
+        arguments = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"]
+        arguments += [f"--user-data-dir={profile}", "--disable-background-networking", "--window-size=1280,900"]
+        options = {"args": arguments, "binary": CHROMIUM}
+        always = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        self.base = f"{driver}/session"
+        self.base += "/" + self.call("POST", "", {"capabilities": {"alwaysMatch": always}})["sessionId"]
+
+    def call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.base + path, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=120) as reply:
+                return json.load(reply)["value"]
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{method} {path}: {json.load(error)['value']['message']}") from None
+
+    def open(self, url: str) -> None:
+        self.call("POST", "/url", {"url": url})
+
+    def run(self, script: str, *args: Any) -> Any:
+        return self.call("POST", "/execute/sync", {"script": script, "args": list(args)})
+
+    def find(self, selector: str) -> str:
+        return self.call("POST", "/element", {"using": "css selector", "value": selector})[ELEMENT]
+
+    def click(self, selector: str) -> None:
+        element = self.find(selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", {ELEMENT: element})
+        self.call("POST", f"/element/{element}/click", {})
+
+    def send_file(self, selector: str, path: Path) -> None:
+        self.call("POST", f"/element/{self.find(selector)}/value", {"text": str(path)})
+
+    def text(self, selector: str) -> str:
+        return self.run("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def pictures(self, selector: str) -> int:
+        """How many images under `selector` have arrived and been decoded."""
+        script = "return [...document.querySelectorAll(arguments[0] + ' img')].filter(i => i.naturalWidth > 0).length"
+        return self.run(script, selector)
+
+    def errors(self) -> list[str]:
+        """Errors in the browser's console since last asked."""
+        return [e["message"] for e in self.call("POST", "/se/log", {"type": "browser"}) if e["level"] == "SEVERE"]
+
+    def width(self, width: int, height: int) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
+        command = {"cmd": "Emulation.setDeviceMetricsOverride", "params": metrics}
+        self.call("POST", "/goog/cdp/execute", command)
+
+    def screenshot(self, path: Path, whole: bool = False) -> None:
+        command = {"cmd": "Page.captureScreenshot", "params": {"captureBeyondViewport": whole}}
+        path.write_bytes(base64.b64decode(self.call("POST", "/goog/cdp/execute", command)["data"]))
+
+    def quit(self) -> None:
+        self.call("DELETE", "")
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where screenshots go: the folder VARKIT_SCREENSHOTS, or a temporary one."""
+    folder = os.environ.get("VARKIT_SCREENSHOTS")
+    path = Path(folder) if folder else tmp_path_factory.mktemp("screenshots")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the demo, served by `python app.py` with a tiny pipeline (or VARKIT_MODEL's)."""
+    folder = tmp_path_factory.mktemp("demo")
+    model = os.environ.get("VARKIT_MODEL") or str(save_tiny(folder / "tiny-var"))
+    port, log = free_port(), folder / "server.log"
+    with process(
+        [sys.executable, "app.py"],
+        log,
+        VARKIT_MODEL=model,
+        GRADIO_SERVER_PORT=str(port),
+        GRADIO_SERVER_NAME="127.0.0.1",
+        OMP_NUM_THREADS="1",
+    ) as server:
+        url = f"http://127.0.0.1:{port}/"
+
+        def ready() -> bool:
+            assert server.poll() is None, log.read_text()
+            return answers(url)
+
+        wait("the demo to start", ready, 180)
+        yield url
+        assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    folder, port = tmp_path_factory.mktemp("chromium"), free_port()
+    with process([str(CHROMEDRIVER), f"--port={port}"], folder / "chromedriver.log"):
+        wait("chromedriver to start", lambda: answers(f"http://127.0.0.1:{port}/status"))
+        session = Browser(f"http://127.0.0.1:{port}", folder / "profile")
+        try:
+            session.width(1280, 900)
+            session.open(page)
+            wait("the page to appear", lambda: session.text("#generate-button"))
+            yield session
+        finally:
+            session.quit()
+
+
+def tab(browser: Browser, name: str) -> None:
+    script = "[...document.querySelectorAll('button[role=tab]')].find(b => b.innerText.trim() == arguments[0]).click()"
+    browser.run(script, name)
+
+
+def test_generate_shows_images_scales_and_command(browser: Browser, shots: Path) -> None:
+    tab(browser, "Generate")
+    browser.click("#generate-button")
+    wait("the run to end", lambda: "network passes" in browser.text("#status"))
+    wait("the images", lambda: browser.pictures("#images") >= 4)
+    wait("the scales", lambda: browser.pictures("#scales") >= 3)
+    assert "varkit sample" in browser.text("#command") and "--seed 0" in browser.text("#command")
+    browser.screenshot(shots / "generate-1280.png")
+    browser.width(400, 900)
+    time.sleep(1)
+    assert browser.run("return document.documentElement.scrollWidth") <= 400  # nothing sticks out on a phone
+    browser.screenshot(shots / "generate-400.png", whole=True)
+    browser.width(1280, 900)
+    assert browser.errors() == []
+
+
+def test_edit_redraws_an_example_and_an_upload(browser: Browser, shots: Path, tmp_path: Path) -> None:
+    tab(browser, "Edit")
+    wait("the examples", lambda: browser.pictures("#examples") >= 4)
+    wait("the preview", lambda: browser.pictures("#preview") == 1)
+    browser.click("#examples button:nth-of-type(2) img, #examples .thumbnail-item:nth-of-type(2)")
+    browser.click("#edit-button")
+    wait("the edit of the example", lambda: "Redrawn" in browser.text("#edit-status"))
+    wait("before and after", lambda: browser.pictures("#result") >= 2)
+    assert "Image.Resampling.NEAREST" in browser.text("#snippet")
+    browser.screenshot(shots / "edit-1280.png")
+    browser.width(400, 900)
+    time.sleep(1)
+    assert browser.run("return document.documentElement.scrollWidth") <= 400
+    browser.screenshot(shots / "edit-400.png", whole=True)
+    browser.width(1280, 900)
+
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    browser.run("document.querySelector('#upload button[aria-label*=Clear], #upload button[title*=Clear]')?.click()")
+    wait("the file box", lambda: browser.run("return !!document.querySelector('#upload input[type=file]')"))
+    browser.send_file("#upload input[type=file]", tmp_path / "photo.jpg")
+    wait("the upload", lambda: browser.pictures("#upload") >= 1)
+    browser.click("#edit-button")
+    wait("the edit of the upload", lambda: "LANCZOS" not in browser.text("#snippet") and ran(browser))
+    assert browser.errors() == []
+
+
+def ran(browser: Browser) -> bool:
+    return "NEAREST" not in browser.text("#snippet") and "Redrawn" in browser.text("#edit-status")
+
+
+def test_a_too_large_image_is_refused_in_words(browser: Browser, tmp_path: Path) -> None:
+    tab(browser, "Edit")
+    Image.new("1", (5000, 10)).save(tmp_path / "wide.png")
+    browser.run("document.querySelector('#upload button[aria-label*=Clear], #upload button[title*=Clear]')?.click()")
+    wait("the file box", lambda: browser.run("return !!document.querySelector('#upload input[type=file]')"))
+    browser.send_file("#upload input[type=file]", tmp_path / "wide.png")
+    wait("the refusal", lambda: "5000 x 10 pixels" in browser.text("body"))
+    assert "Traceback" not in browser.text("body")
+
+
+def test_nothing_is_loaded_from_elsewhere(browser: Browser, page: str) -> None:
+    loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
+    assert [u for u in loaded if not u.startswith((page, "data:", "blob:"))] == []

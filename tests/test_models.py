@@ -1,0 +1,435 @@
+"""What every registered model must do, plug-ins included: one file, tiny sizes, no model named in a test.
+
+A new paper is covered the day it registers. `tests/toy_paper` proves it: nothing here knows that paper.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+import varkit
+from varkit import ClassToImagePipeline, NextGroupSampler, Rng
+from varkit.heads.categorical import Categorical
+from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.registry import create_model, list_models, model_entry
+
+GENERATORS = list_models(kind="generator")
+TOKENIZERS = list_models(kind="tokenizer")
+
+OFFICIAL_PARAMETERS = {
+    "var_d16": 310_283_520,
+    "var_d20": 600_917_136,
+    "var_d24": 1_033_399_360,
+    "var_d30": 2_010_020_356,
+    "var_d36": 2_353_893_904,
+    "multiscale_vq_f16": 108_948_355,
+    "multiscale_vq_f16_512": 108_948_355,
+    "multiscale_vq_f16_1024": 108_948_355,
+}
+
+
+def liven(model: nn.Module, std: float = 0.2) -> Any:
+    """Add noise to all parameters: at initialisation most branches are gated to nearly nothing, and a
+    wrong mask or cache would hide below any tolerance."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny(name: str) -> Any:
+    """The model of that name, small, in eval mode, with lively weights: the same ones every time."""
+    entry = model_entry(name)
+    torch.manual_seed(0)
+    return liven(entry.build(**entry.tiny), 0.2 if entry.kind == "generator" else 0.05)
+
+
+def tiny_pair(name: str) -> tuple[Any, Any]:
+    """The generator of that name and a tokenizer for it."""
+    entry, model = model_entry(name), tiny(name)
+    assert entry.tokenizer is not None
+    return model, liven(create_model(entry.tokenizer, **entry.tiny_tokenizer), 0.05)
+
+
+def classes(model: Any, batch: int) -> Cond:
+    return Cond(torch.arange(batch) % model.num_classes)
+
+
+def nothing(model: Any, batch: int) -> Cond:
+    return Cond(torch.full((batch,), model.num_classes))
+
+
+def random_tokens(model: Any, batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.layout.codebook_size, (batch, model.layout.length), generator=generator)
+
+
+def random_images(tokenizer: Any, batch: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, 3, *tokenizer.image_size, generator=generator) * 2 - 1
+
+
+def settings_of(model: Any) -> Any:
+    """The configuration as JSON keeps it (a tuple comes back as a list)."""
+    return json.loads(json.dumps({k: v for k, v in model.config.items() if not k.startswith("_")}))
+
+
+def step_logits(model: Any, tokens: Tensor, inputs: Tensor, cond: Cond, null: Cond | None = None) -> Tensor:
+    """(B, L, V): every group predicted in order with a cache, each reading the true tokens before it."""
+    state = model.start(cond, null)
+    logits = torch.full((*tokens.shape, model.layout.codebook_size), torch.nan)
+    for positions in model.schedule():
+        logits[:, positions] = model.predict(state, inputs[:, positions], positions).logits
+        model.append(state, tokens[:, positions], positions)
+    return logits
+
+
+def sample(model: Any, tokenizer: Any, cond: Cond, rng: Rng, **settings: Any) -> Tensor:
+    null = nothing(model, len(cond))
+    return NextGroupSampler().generate(tokenizer, model, cond, rng, null=null, **settings).tokens
+
+
+# ---- the registry ---------------------------------------------------------------------------------------------
+
+
+def test_the_plug_in_is_listed_beside_our_own() -> None:
+    assert {"toy_raster", "toy_vq", "var_d16", "multiscale_vq_f16"} <= set(varkit.list_models())
+    assert "toy_vq" in TOKENIZERS and "toy_vq" not in GENERATORS
+    assert varkit.list_models("toy_*") == ["toy_raster", "toy_vq"]
+
+
+def test_the_plug_in_is_one_file_that_varkit_does_not_know() -> None:
+    package = Path(varkit.__file__).parent
+    assert not [p for p in package.rglob("*.py") if "toy" in p.read_text().lower()]
+
+
+def test_a_wrong_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'var_d16'"):
+        create_model("var_d_16")
+    with pytest.raises(ValueError, match="did you mean 'toy_raster'"):
+        create_model("toy_rasta")
+    with pytest.raises(ValueError, match=r"no checkpoint is called 'var_d16.in1k'.*did you mean 'var_d16.in1k_256'"):
+        varkit.registry.checkpoint("var_d16.in1k")
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_full_size_layouts_fit_and_published_sizes_hold(name: str) -> None:
+    entry = model_entry(name)
+    with torch.device("meta"):
+        model = entry.build()
+        if entry.kind == "generator":
+            assert entry.tokenizer is not None
+            assert model.layout == create_model(entry.tokenizer).layout
+    assert all(p.is_meta for p in model.parameters())
+    if name in OFFICIAL_PARAMETERS:
+        assert sum(p.numel() for p in model.parameters()) == OFFICIAL_PARAMETERS[name]
+
+
+# ---- all models -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_saved_and_opened_again_it_is_the_same(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    assert isinstance(model, ModelMixin) and isinstance(model, Generator | Tokenizer)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert again.layout == model.layout and not again.training
+    assert settings_of(again) == settings_of(model)
+    assert {k: v.dtype for k, v in again.state_dict().items()} == {k: v.dtype for k, v in model.state_dict().items()}
+    if isinstance(model, Generator):
+        tokens = random_tokens(model, 2)
+        _, tokenizer = tiny_pair(name)
+        ours, theirs = (step_logits(m, tokens, tokenizer.embed(tokens), classes(m, 2)) for m in (model, again))
+    else:
+        images = random_images(model, 2)
+        ours, theirs = (m.decode(m.encode(images)) for m in (model, again))
+    assert torch.equal(ours, theirs)
+
+
+# ---- generators -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_layout_is_the_paired_tokenizers(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    assert model.layout == tokenizer.layout
+    other = create_model(model_entry(name).tokenizer or "", **{**model_entry(name).tiny_tokenizer, "codebook_size": 5})
+    with pytest.raises(ValueError, match="do not fit together"):
+        sample(model, other, classes(model, 1), Rng.from_seed(0, 1))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_schedule_decides_each_position_once(name: str) -> None:
+    model = tiny(name)
+    groups = model.schedule()
+    assert all(g.dtype == torch.int64 and g.dim() == 1 and len(g) for g in groups)
+    assert sorted(torch.cat(groups).tolist()) == list(range(model.layout.length))
+    assert len(model.schedule(len(groups))) == len(groups)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_step_by_step_inputs_are_the_teacher_forced_ones(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    tokens = random_tokens(model, 3)
+    inputs, running = tokenizer.embed(tokens), tokenizer.running(3)
+    assert inputs.shape[:2] == tokens.shape
+    for positions in model.schedule():
+        torch.testing.assert_close(running.inputs(positions), inputs[:, positions])
+        running.record(tokens[:, positions], positions)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_cached_logits_are_the_teacher_forced_ones(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    tokens, cond, null = random_tokens(model, 4), classes(model, 4), nothing(model, 4)
+    inputs = tokenizer.embed(tokens)
+    with torch.no_grad():
+        stepwise = step_logits(model, tokens, inputs, cond)
+        torch.testing.assert_close(stepwise, model(inputs, cond.vector), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(step_logits(model, tokens, inputs, cond, null), stepwise, atol=1e-4, rtol=1e-4)
+        loss = model.training_loss(tokens, inputs, cond, Rng.from_seed(0, 4))["loss"]
+    expected = -stepwise.log_softmax(-1).gather(-1, tokens[..., None]).mean()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    assert stepwise.dtype == torch.float32 and stepwise.std() > 0.1
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_decided_token_matters_to_what_follows_and_none_that_follows_does(name: str) -> None:
+    """Causality over groups: a changed token changes later groups' logits and no earlier one."""
+    model, tokenizer = tiny_pair(name)
+    tokens, cond, groups = random_tokens(model, 2), classes(model, 2), model.schedule()
+    with torch.no_grad():
+        before = model(tokenizer.embed(tokens), cond.vector)
+        for g, positions in enumerate(groups[:-1]):
+            changed = tokens.clone()
+            changed[:, positions] = (changed[:, positions] + 1) % model.layout.codebook_size
+            after = model(tokenizer.embed(changed), cond.vector)
+            past, future = torch.cat(groups[: g + 1]), torch.cat(groups[g + 1 :])
+            torch.testing.assert_close(after[:, past], before[:, past], atol=1e-5, rtol=1e-5)
+            assert ((after - before)[:, future].abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_training_loss_reaches_every_parameter(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    model.train()
+    tokens = random_tokens(model, 8)
+    losses = model.training_loss(tokens, tokenizer.embed(tokens), classes(model, 8), Rng.from_seed(0, 8))
+    assert losses["loss"].requires_grad and all(v.isfinite() and v.dim() == 0 for v in losses.values())
+    losses["loss"].backward()
+    unused = [k for k, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not unused
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_gradient_checkpointing_changes_no_gradient(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    if not model._supports_gradient_checkpointing:
+        pytest.skip("does not offer gradient checkpointing")
+    tokens, gradients = random_tokens(model, 4), []
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    model.train()
+    model.blocks[0].register_forward_pre_hook(count)
+    for on in (False, True):
+        if on:
+            model.enable_gradient_checkpointing()
+            calls = 0
+        torch.manual_seed(3)  # for whatever a network drops at random
+        model.zero_grad()
+        model.training_loss(tokens, tokenizer.embed(tokens), classes(model, 4), Rng.from_seed(0, 4))["loss"].backward()
+        gradients.append({k: p.grad.clone() for k, p in model.named_parameters()})
+    assert calls == 2  # once forward, once again on the way back
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_rewound_groups_leave_no_trace(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    tokens, other, cond = random_tokens(model, 2), random_tokens(model, 2, seed=1), classes(model, 2)
+    inputs, wrong, groups = tokenizer.embed(tokens), tokenizer.embed(other), model.schedule()
+    with torch.no_grad():
+        expected = step_logits(model, tokens, inputs, cond)
+        state = model.start(cond)
+        for g, positions in enumerate(groups):
+            for detour in groups[g : g + 2]:  # take up to two steps on wrong inputs, then go back
+                model.predict(state, wrong[:, detour], detour)
+                model.append(state, other[:, detour], detour)
+            state.rewind(sum(len(d) for d in groups[g : g + 2]))
+            assert state.length == sum(len(p) for p in groups[:g])
+            logits = model.predict(state, inputs[:, positions], positions).logits
+            torch.testing.assert_close(logits, expected[:, positions], atol=1e-5, rtol=1e-5)
+            model.append(state, tokens[:, positions], positions)
+        assert state.length == model.layout.length
+        state.reset()
+        assert state.length == 0
+        first = model.predict(state, inputs[:, groups[0]], groups[0]).logits
+        torch.testing.assert_close(first, expected[:, groups[0]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_top_1_is_greedy(name: str) -> None:
+    model, tokenizer = tiny_pair(name)
+    best: list[Tensor] = []
+    cond = classes(model, 3)
+    tokens = sample(
+        model, tokenizer, cond, Rng.from_seed(0, 3), top_k=1, on_step=lambda i: best.append(i.logits.argmax(-1))
+    )
+    assert torch.equal(tokens, torch.cat(best, 1)[:, torch.cat(model.schedule()).argsort()])
+    assert torch.equal(tokens, sample(model, tokenizer, cond, Rng.from_seed(9, 3), top_k=1))
+    assert not torch.equal(tokens, sample(model, tokenizer, cond, Rng.from_seed(9, 3)))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_guidance(name: str) -> None:
+    """Scale 1 is the condition alone, 0 the absence of it, and between and beyond it is linear."""
+    model, tokenizer = tiny_pair(name)
+    cond, null, first = classes(model, 3), nothing(model, 3), model.schedule()[0]
+    with torch.no_grad():
+        inputs = tokenizer.running(3).inputs(first)
+        with_class = model.predict(model.start(cond), inputs, first).logits
+        without = model.predict(model.start(null), inputs, first).logits
+        both = model.predict(model.start(cond, null), inputs, first)
+    assert isinstance(both, Categorical)
+    for w in (0.0, 1.0, 0.5, 4.0):
+        expected = without + w * (with_class - without)
+        torch.testing.assert_close(both.guide(w).logits, expected, atol=1e-4, rtol=1e-4)
+        per_position = both.guide(torch.full((len(first),), w)).logits
+        torch.testing.assert_close(per_position, expected, atol=1e-4, rtol=1e-4)
+    assert (with_class - without).abs().max() > 0.01
+    rng = Rng.from_seed(0, 3)
+    plain = NextGroupSampler().generate(tokenizer, model, cond, rng).tokens
+    assert torch.equal(plain, sample(model, tokenizer, cond, rng, guidance_scale=1.0))
+    assert not torch.equal(plain, sample(model, tokenizer, cond, rng, guidance_scale=9.0))
+    nulled = sample(model, tokenizer, cond, rng, guidance_scale=0.0, guidance_schedule="constant")
+    assert torch.equal(nulled, NextGroupSampler().generate(tokenizer, model, null, rng).tokens)
+    with pytest.raises(ValueError, match="unconditional branch"):
+        NextGroupSampler().generate(tokenizer, model, cond, rng, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", GENERATORS)
+def test_an_image_is_the_same_in_any_batch_and_place(name: str, guidance: float) -> None:
+    model, tokenizer = tiny_pair(name)
+    rng, cond = Rng.from_seed(7, 8), classes(model, 8)
+
+    def some(rows: Tensor) -> Tensor:
+        settings = {"guidance_scale": guidance, "top_p": 0.95}
+        return sample(model, tokenizer, Cond(cond.vector[rows]), rng[rows], **settings)
+
+    all_at_once = some(torch.arange(8))
+    assert len(all_at_once.unique(dim=0)) == 8
+    for rows in (torch.tensor([5, 0, 3]), torch.arange(8).flip(0), *torch.arange(8).split(1)):
+        assert torch.equal(some(rows), all_at_once[rows])
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_bfloat16_runs(name: str) -> None:
+    model, tokenizer = (m.to(torch.bfloat16) for m in tiny_pair(name))
+    seen: list[Tensor] = []
+    tokens = sample(
+        model,
+        tokenizer,
+        classes(model, 2),
+        Rng.from_seed(0, 2),
+        guidance_scale=2.0,
+        on_step=lambda i: seen.append(i.logits),
+    )
+    assert all(s.isfinite().all() and s.dtype == torch.float32 for s in seen)
+    assert tokenizer.decode(tokens).isfinite().all()
+    model.train()
+    loss = model.training_loss(tokens, tokenizer.embed(tokens), classes(model, 2), Rng.from_seed(0, 2))["loss"]
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_the_same_pipeline_draws_edits_saves_and_opens_it(name: str, tmp_path: Path) -> None:
+    model, tokenizer = tiny_pair(name)
+    pipe = ClassToImagePipeline(model, tokenizer, NextGroupSampler(top_p=0.9))
+    pipe.set_progress_bar_config(disable=True)
+    totals: list[int] = []
+    bar = pipe.progress_bar
+    pipe.progress_bar = lambda total: totals.append(total) or bar(total=total)
+
+    def note(_pipe: Any, _step: int, _position: int, values: dict[str, Any]) -> None:
+        totals.append(values["num_steps"])
+
+    out = pipe([0, 1], seed=0, output_type="pt", callback_on_step_end=note)
+    assert out.images.shape == (2, 3, *tokenizer.image_size)
+    assert 0 <= out.images.min() < out.images.max() <= 1
+    assert totals == [len(model.schedule())] * (1 + len(model.schedule()))  # the bar, then every step
+    del pipe.progress_bar
+    pipe.save_pretrained(tmp_path)
+    again = varkit.AutoPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.transformer.layout == model.layout and again.sampler.config.top_p == 0.9
+    assert np.array_equal(again([0, 1], seed=0, output_type="np").images, pipe([0, 1], seed=0, output_type="np").images)
+    edited = pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0, output_type="latent").images
+    kept = tokenizer.encode(random_images(tokenizer, 1))
+    assert edited.shape == kept.shape and edited[0, -1] == kept[0, -1]  # the last token lies outside the box
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_encode_and_decode(name: str) -> None:
+    model = tiny(name)
+    images = random_images(model, 3)
+    with torch.no_grad():
+        tokens = model.encode(images)
+        decoded = model.decode(tokens)
+    assert tokens.dtype == torch.int64 and tokens.shape == (3, model.layout.length)
+    assert tokens.min() >= 0 and tokens.max() < model.layout.codebook_size and len(tokens.unique()) > 1
+    assert decoded.shape == images.shape and decoded.abs().max() <= 1 and decoded.std() > 0
+    assert torch.equal(tokens, model.encode(images))
+    assert torch.equal(tokens[1:2], model.encode(images[1:2]))
+    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_codebook_and_vectors(name: str) -> None:
+    model = tiny(name)
+    tokens = random_tokens(model, 2)
+    assert model.codebook.shape == (model.layout.codebook_size, model.layout.dim)
+    vectors = model.vectors(tokens)
+    assert vectors.shape == (*tokens.shape, model.layout.dim) and vectors.dtype == torch.float32
+    assert torch.equal(vectors, model.codebook[tokens])
+    assert torch.equal(model.decode(vectors), model.decode(tokens))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_any_number_of_whole_grids_decodes(name: str) -> None:
+    model = tiny(name)
+    tokens, seen = random_tokens(model, 2), []
+    for part in model.layout.slices:
+        seen.append(model.decode(tokens[:, : part.stop]))
+        assert seen[-1].shape == (2, 3, *model.image_size)
+    assert torch.equal(seen[-1], model.decode(tokens))
+    assert all(not torch.equal(a, b) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_another_image_size_is_refused(name: str) -> None:
+    model = tiny(name)
+    height, width = model.image_size
+    for shape in ((1, 3, height + 1, width), (1, 3, height, 2 * width), (1, 1, height, width)):
+        with pytest.raises(ValueError, match="images"):
+            model.encode(torch.zeros(shape))

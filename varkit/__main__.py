@@ -1,0 +1,5 @@
+"""`python -m varkit` is the `varkit` command."""
+
+from varkit.cli import main
+
+main()

@@ -1,0 +1,99 @@
+"""`varkit convert`: released files to folders, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from varkit.checkpoints import var as var_keys
+from varkit.checkpoints.files import load_official, write_official
+from varkit.generators.var import VAR
+from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+
+CARD = """---
+library_name: varkit
+license: mit
+pipeline_tag: {tag}
+base_model: FoundationVision/var
+---
+
+# {title}
+
+Converted by `varkit convert` from the official file `{source}` of
+[FoundationVision/VAR](https://github.com/FoundationVision/VAR) (arXiv 2404.02905).
+
+Licence of the weights: {licence}. {parameters:,} parameters. {layout}
+"""
+
+
+def convert(
+    source: Path, to: Path, *, tokenizer: Path | None = None, part: str = "transformer", dtype: str = "float32"
+) -> list[str]:
+    """Convert and return what to tell the user.
+
+    Args:
+        source: a released file; or a folder (a pipeline, or one part) to convert back.
+        to: the folder to write; back, the file.
+        tokenizer: with a VAR file: the tokenizer's, so that a whole pipeline is written.
+        part: back, from a pipeline: `transformer` or `image_tokenizer`.
+        dtype: of the folder's weights.
+    Raises: ValueError or FileNotFoundError before anything is written.
+    """
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    if source.is_dir():
+        return _to_file(source, to, part)
+    if to.suffix in (".pth", ".safetensors"):
+        raise ValueError(f"{source} is a file already; --to must be a folder, got {to}")
+    if to.exists() and any(to.iterdir()):
+        raise ValueError(f"{to} is not empty; choose a new folder")
+    model = load_official(source).to(getattr(torch, dtype))
+    if isinstance(model, VAR) and tokenizer is not None:
+        from varkit.pipelines.class_to_image import ClassToImagePipeline
+        from varkit.samplers.next_group import NextGroupSampler
+
+        image_tokenizer = load_official(tokenizer, scales=model.config["scales"]).to(getattr(torch, dtype))
+        released = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "more_smooth": False}  # README of the release
+        sampler = NextGroupSampler(**var_keys.sampling_arguments(released))
+        ClassToImagePipeline(model, image_tokenizer, sampler).save_pretrained(to)
+        lines = [f"wrote the pipeline {to}: varkit sample {to} --class 207"]
+    else:
+        if tokenizer is not None:
+            raise ValueError("--tokenizer goes with a VAR file; this one is the tokenizer itself")
+        model.save_pretrained(to)  # type: ignore[operator]
+        lines = [f"wrote {type(model).__name__} into {to}"]
+    _write_card(to, source, model)
+    return [*lines, f"licence of the weights: {var_keys.LICENCE}"]
+
+
+def _write_card(folder: Path, source: Path, model: Any) -> None:
+    text = CARD.format(
+        tag="unconditional-image-generation",
+        title=folder.name,
+        source=source.name,
+        licence=var_keys.LICENCE,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layout=f"{model.layout.length} tokens an image ({model.layout.describe()}).",
+    )
+    (folder / "README.md").write_text(text)
+
+
+def _to_file(source: Path, to: Path, part: str) -> list[str]:
+    if to.suffix not in (".pth", ".safetensors"):
+        raise ValueError(f"to convert a folder back, --to must end in .pth or .safetensors; got {to}")
+    if part not in ("transformer", "image_tokenizer"):
+        raise ValueError(f"--part must be transformer or image_tokenizer; got {part!r}")
+    folder = source / part if (source / "model_index.json").is_file() else source
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; give a pipeline's folder, or one part of it")
+    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    classes: dict[str, Any] = {"VAR": VAR, "MultiScaleVQ": MultiScaleVQ}
+    if kind not in classes:
+        raise ValueError(f"{folder} holds a {kind}; official files exist for {', '.join(classes)}")
+    model: nn.Module = classes[kind].from_pretrained(folder)
+    write_official(model, to)
+    return [f"wrote {to}, which the official code loads strictly", f"licence of the weights: see {source}/README.md"]

@@ -1,0 +1,311 @@
+"""The command line. Heavy imports sit inside each command, so `varkit --help` answers at once."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import varkit
+
+app = typer.Typer(
+    help="varkit: images by next-scale, next-token and next-block prediction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at a data folder; prepare a named data set.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+def refusing(function: Callable[..., None]) -> Callable[..., None]:
+    """Bad input ends in one line on standard error and exit code 2."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def open_pipeline(name: str, device: str, dtype: str) -> Any:
+    import torch
+
+    from varkit.pipelines.auto import AutoPipeline, best_device
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    pipeline = AutoPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+    pipeline.to(best_device() if device == "auto" else torch.device(device))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def version(value: bool) -> None:
+    if value:
+        typer.echo(f"varkit {varkit.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show: Annotated[
+        bool, typer.Option("--version", callback=version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """varkit: images by next-scale, next-token and next-block prediction."""
+
+
+@app.command()
+@refusing
+def sample(
+    name: Annotated[str, typer.Argument(help="A shipped model, a saved folder, a checkpoint or a hub repository.")],
+    classes: Annotated[
+        str | None, typer.Option("--class", help="Class ids or names, separated by commas; cycled. Default: all.")
+    ] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Names the set of images; image i is the same at any --num.")] = 0,
+    guidance: Annotated[float | None, typer.Option(help="uncond + w (cond - uncond); 1 is off.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
+    more_smooth: Annotated[bool, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = False,
+    out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
+        "grid.png"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
+    zoom: Annotated[int, typer.Option(min=1, max=16, help="Draw each pixel this often in a grid.")] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Generate images. Each carries its settings as PNG metadata."""
+    if out.suffix not in (".png", ".npz", ""):
+        raise ValueError(f"--out {out} must end in .png (a grid), .npz, or be a folder")
+    from tqdm import tqdm
+
+    from varkit import pictures
+    from varkit.pipelines.class_to_image import generate
+
+    pipeline = open_pipeline(name, device, dtype)
+    names = classes.split(",") if classes else [str(i) for i in range(pipeline.transformer.num_classes)]
+    ids = pipeline.label_ids(names)
+    num = num or len(ids)
+    given = {
+        "guidance_scale": guidance,
+        "guidance_schedule": schedule,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "more_smooth": more_smooth or None,
+    }
+    settings = pipeline.sampler.settings(**given)
+    say(
+        f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
+        f"({settings['guidance_schedule']}), {dtype} on {pipeline.device}"
+    )
+    began = time.perf_counter()
+    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given)
+    record = {"model": name, "seed": seed, "dtype": dtype, **settings, "version": varkit.__version__}
+    images, labels, files = [], [], []
+    for index, label, image in tqdm(made, total=num, unit="image", disable=not sys.stderr.isatty()):
+        if out.suffix == "":  # a folder: written as they come, so a long run loses nothing
+            files.append(out / f"{index:06d}.png")
+            pictures.save_png(image, files[-1], {**record, "index": index, "class": label})
+        else:
+            images.append(image)
+        labels.append(label)
+    if out.suffix:
+        files = [out]
+    if out.suffix == ".npz":
+        pictures.save_npz(images, labels, out)
+    elif out.suffix == ".png":
+        sheet = pictures.grid(images, pictures.columns_for(num, len(ids)), zoom)
+        pictures.save_png(sheet, out, {**record, "num": num, "classes": ids})
+    seconds = time.perf_counter() - began
+    if as_json:
+        result = {"files": [str(f) for f in files], "classes": labels, "seconds": seconds, "settings": record}
+        typer.echo(json.dumps(result))
+    else:
+        what = out if out.suffix else f"{len(files)} images in {out}/"
+        typer.echo(f"wrote {what} in {seconds:.1f} s ({seconds / num:.2f} s an image)")
+
+
+@app.command()
+@refusing
+def reconstruct(
+    name: Annotated[str, typer.Argument(help="A shipped model, a pipeline or tokenizer folder, or a released file.")],
+    images: Annotated[str, typer.Argument(help="A folder, an .npz file, or the name of a data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for originals.png, reconstructions.png and metrics.json.")],
+    num: Annotated[int, typer.Option(min=1, help="How many images, from the first.")] = 64,
+    mode: Annotated[str, typer.Option(help="How images get the model's size: center, squash or pad.")] = "center",
+    split: Annotated[str, typer.Option(help="Of a data set with splits.")] = "test",
+    root: Annotated[str | None, typer.Option(help="Where a named data set lies.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Send images through a tokenizer and back; report PSNR and the use of the codebook, scale by scale."""
+    from varkit.metrics.reconstruction import reconstruct_folder
+
+    result = reconstruct_folder(name, images, out, num=num, mode=mode, split=split, root=root, device=device)
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    typer.echo(f"{result['images']} images: PSNR {result['psnr']:.2f} dB")
+    for row in result["scales"]:
+        typer.echo(f"  scale {row['grid']:>6}: {row['used']} codes used, perplexity {row['perplexity']:.1f}")
+    typer.echo(f"  all scales  : {result['used']} of {result['codebook']} codes used ({result['used_share']:.1%})")
+    typer.echo(f"wrote {out}/originals.png, reconstructions.png, metrics.json")
+
+
+@data_app.command("check")
+@refusing
+def data_check(
+    source: Annotated[str, typer.Argument(help="A folder, an .npz, .npy or IDX file, or the name of a data set.")],
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read every image; report classes, counts, sizes and broken files. Exit code 1 if any is broken."""
+    from varkit.data.images import check_images
+
+    report = check_images(source, workers=workers, progress=sys.stderr.isatty() and not as_json)
+    typer.echo(json.dumps(report.to_dict()) if as_json else "\n".join(report.lines()))
+    if report.broken:
+        raise typer.Exit(1)
+
+
+@data_app.command("fashion-mnist")
+@refusing
+def data_fashion(
+    out: Annotated[Path, typer.Option(help="Folder for train.npz and test.npz.")] = Path("data/fashion-mnist"),
+    root: Annotated[Path | None, typer.Option(help="Folder with the IDX files, if not in its usual place.")] = None,
+) -> None:
+    """Write Fashion-MNIST as train.npz and test.npz (ADM layout)."""
+    from varkit.data.fashion import prepare_fashion_mnist
+
+    counts = prepare_fashion_mnist(out, root)
+    typer.echo(f"wrote {', '.join(f'{split}.npz ({n} images)' for split, n in counts.items())} into {out}")
+
+
+@app.command()
+@refusing
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe (`varkit list`) or the path of a .yaml file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=2e-4 out=runs/a")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
+) -> None:
+    """Train a tokenizer, a generator or a classifier by a recipe."""
+    from varkit.training.recipe import load_recipe, recipe_values
+
+    loaded = load_recipe(recipe, overrides or [])
+    if print_config:
+        import yaml
+
+        typer.echo(yaml.safe_dump(recipe_values(loaded), sort_keys=False), nl=False)
+        return
+    from varkit.training.loop import train as run
+
+    result = run(loaded, resume=resume)
+    if result.model is not None:
+        typer.echo(f"wrote {result.model}")
+
+
+@app.command()
+@refusing
+def convert(
+    source: Annotated[Path, typer.Argument(help="A released file (.pth), or a folder to convert back.")],
+    to: Annotated[Path, typer.Option(help="The folder to write; or, back, a .pth or .safetensors file.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="With a VAR file: the tokenizer's file, for a whole pipeline.")
+    ] = None,
+    part: Annotated[str, typer.Option(help="Back, from a pipeline: transformer or image_tokenizer.")] = "transformer",
+    dtype: Dtype = "float32",
+) -> None:
+    """Released files <-> the diffusers folder format."""
+    from varkit.checkpoints.convert import convert as run
+
+    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype):
+        typer.echo(line)
+
+
+@app.command("list")
+@refusing
+def list_(
+    pattern: Annotated[str, typer.Argument(help="A shell pattern, such as 'var*'.")] = "*",
+    as_json: Json = False,
+) -> None:
+    """Shipped models, released checkpoints, architectures and recipes."""
+    from varkit.catalog import catalog
+
+    found = catalog(pattern)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    for section, entries in found.items():
+        typer.echo(f"{section}:")
+        width = max((len(n) for n in entries), default=0)
+        for key, text in entries.items():
+            typer.echo(f"  {key:<{width}}  {text}")
+        if not entries:
+            typer.echo(f"  none matches {pattern!r}")
+
+
+@app.command()
+@refusing
+def info(
+    name: Annotated[str, typer.Argument(help="A name that `varkit list` shows, or a saved folder.")],
+    as_json: Json = False,
+) -> None:
+    """Parameters, token layout, licence, card."""
+    from varkit.catalog import describe
+
+    found = describe(name)
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    card = found.pop("card", None)
+    width = max(len(k) for k in found)
+    for key, value in found.items():
+        typer.echo(f"{key.replace('_', ' '):<{width}}  {value}")
+    if card:
+        typer.echo(f"\n{card}")
+
+
+@app.command()
+@refusing
+def demo(
+    model: Annotated[str, typer.Option(help="A shipped model or a saved folder.")] = "fashion-var",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+) -> None:
+    """Open the web demo (needs the extra `app`)."""
+    from varkit.demo.app import launch
+
+    launch(host=host, port=port, model=model)
+
+
+def main() -> None:
+    """Entry point of the `varkit` command."""
+    app()

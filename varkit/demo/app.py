@@ -1,0 +1,106 @@
+"""The page: a model chooser above one tab for each thing a model can do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from varkit.demo.common import Models, need_gradio
+
+MAX_UPLOAD = "10mb"
+MAX_WAITING = 32
+SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
+MONO_FONTS = ("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+
+INTRO = """# varkit
+
+Images by visual autoregression: a model that draws the whole picture coarsely, then again and again in finer detail."""
+
+CSS = """
+.gradio-container { max-width: 1280px !important; min-width: 0 !important; margin: 0 auto !important; }
+#header { align-items: end; margin-bottom: 4px; }
+#intro h1 { margin: 0 0 2px; font-size: 1.7rem; letter-spacing: -0.02em; }
+#intro p { color: var(--body-text-color-subdued); margin: 0; }
+.note { min-height: 1.6em; padding: 0 2px; }
+.note p { color: var(--body-text-color-subdued); font-size: 0.92rem; }
+.heading p { font-weight: 600; margin: 0; }
+.pictures { background: none !important; border: none !important; box-shadow: none !important; }
+.pictures .grid-wrap { min-height: 0 !important; padding: 0 !important; overflow: visible !important; }
+.pictures .grid-container { padding: 0 !important; }
+.pictures .empty { min-height: 130px !important; }
+.pictures .caption-label { font-size: 0.72rem; padding: 1px 6px; right: 4px; bottom: 4px; max-width: calc(100% - 8px); }
+.seed-row { align-items: end; }
+#command .cm-scroller, #snippet .cm-scroller { font-size: 0.85rem; }
+@media (max-width: 640px) {
+  #images .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  #scales .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+}
+"""
+
+
+def build_demo(models: Sequence[str | Path] = ()) -> Any:
+    """The page as `gr.Blocks`, not yet served.
+
+    Args: models: what to offer, the first of them shown first: shipped names, saved pipeline folders, released
+        checkpoints. The shipped models are always offered too.
+    Raises: ImportError without gradio; ValueError when there is no model, or the first cannot be opened.
+    """
+    gr = need_gradio()
+    from varkit.demo import class_to_image, edit
+    from varkit.pipelines.auto import zoo_models
+
+    offered = Models([*models, *zoo_models()])
+    offered.open(offered.names[0])
+    with gr.Blocks(title="varkit", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
+        with gr.Row(elem_id="header"):
+            with gr.Column(scale=5, min_width=320):
+                gr.Markdown(INTRO, elem_id="intro")
+            with gr.Column(scale=2, min_width=240):
+                model = gr.Dropdown(offered.names, value=offered.names[0], label="Model", elem_id="model")
+        with gr.Tabs():
+            class_to_image.add_tab(offered, model)
+            edit.add_tab(offered, model)
+    demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+    return demo
+
+
+def launch(
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    share: bool = False,
+    inbrowser: bool = False,
+    model: str | Path | Sequence[str | Path] = "fashion-var",
+) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        host, port: where to listen; "0.0.0.0" lets other machines in.
+        share: ask gradio for a public address (this goes through gradio's servers).
+        inbrowser: open the page in this machine's browser.
+        model: one or several names or folders to offer, the first shown first.
+    Raises: ImportError without gradio; ValueError when the model cannot be opened or the port is taken.
+    """
+    gr = need_gradio()
+    demo = build_demo([model] if isinstance(model, str | Path) else model)
+    theme = gr.themes.Default(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        font=[gr.themes.Font(name) for name in SYSTEM_FONTS],
+        font_mono=[gr.themes.Font(name) for name in MONO_FONTS],
+    )
+    try:
+        demo.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            inbrowser=inbrowser,
+            theme=theme,
+            css=CSS,
+            max_file_size=MAX_UPLOAD,
+            footer_links=["api", "gradio", "settings"],
+            run_history=False,
+            ssr_mode=False,
+        )
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}:{port}: {' '.join(str(error).split())}") from None

@@ -1,0 +1,279 @@
+"""What the tabs share: models on offer, checks of what a visitor sends, streaming, and sampling controls."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+MAX_IMAGES = 16
+MAX_SEED = 2**31 - 1
+MAX_TEMPERATURE = 5.0
+SHOWN_SIDE = 384  # small images are enlarged to about this many pixels a side
+NETWORK = "network"  # one queue for everything that runs a network
+
+
+def need_gradio() -> Any:
+    """The gradio module, told to send no statistics. Raises ImportError naming the extra."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(f'the demo needs gradio: pip install "varkit[app]" ({error})') from None
+    return gradio
+
+
+class Models:
+    """The models a visitor may choose: each is opened on first use and kept.
+
+    Args: sources: what `AutoPipeline` opens: shipped names, folders, checkpoints. The visitor sees and
+        sends only short names, so no path ever comes from a browser.
+    Raises: ValueError when there is none.
+    """
+
+    def __init__(self, sources: Sequence[str | Path]) -> None:
+        self.sources: dict[str, str] = {}
+        for source in dict.fromkeys(str(s) for s in sources):
+            name = base = Path(source).name or source
+            number = 2
+            while name in self.sources:
+                name, number = f"{base} ({number})", number + 1
+            self.sources[name] = source
+        if not self.sources:
+            raise ValueError("no model ships with this copy of varkit; name a saved pipeline folder to show")
+        self._open: dict[str, Any] = {}
+        self._examples: dict[str, list[Image.Image]] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.sources)
+
+    def source(self, name: str) -> str:
+        """What the command line calls the model. Raises ValueError when it is not on offer."""
+        if name not in self.sources:
+            raise ValueError(f"no model on offer is called {str(name)[:80]!r}; choose one of {', '.join(self.names)}")
+        return self.sources[name]
+
+    def open(self, name: str) -> Any:
+        """The pipeline, on the best device, loaded once."""
+        from varkit import registry
+        from varkit.pipelines.auto import AutoPipeline, best_device
+
+        source = self.source(name)
+        with self._lock:
+            if name not in self._open:
+                registry.list_models()  # imports the model files: diffusers only builds classes already imported
+                pipeline = AutoPipeline.from_pretrained(source).to(best_device())
+                pipeline.set_progress_bar_config(disable=True)
+                self._open[name] = pipeline
+            return self._open[name]
+
+    def examples(self, name: str, count: int = 6) -> list[Image.Image]:
+        """A few images drawn by the model itself, made once; none where that would take minutes."""
+        pipeline = self.open(name)
+        with self._lock:
+            if name not in self._examples:
+                weights = sum(p.numel() for p in pipeline.transformer.parameters())
+                slow = weights > 100e6 and pipeline.device.type == "cpu"
+                labels = [i % pipeline.transformer.num_classes for i in range(count)]
+                self._examples[name] = [] if slow else [enlarge(i) for i in pipeline(labels, seed=0).images]
+            return self._examples[name]
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Whatever goes wrong reaches the visitor as one sentence; surprises are logged with their traceback."""
+    gr = need_gradio()
+    try:
+        yield
+    except gr.Error:
+        raise
+    except (ValueError, TypeError) as error:
+        text = " ".join(str(error).split())
+        raise gr.Error(text[:1].upper() + text[1:], print_exception=False) from None
+    except Exception:
+        logger.exception("a request failed")
+        message = "This request failed on the server; its log says why. Another model or smaller number may work."
+        raise gr.Error(message, print_exception=False) from None
+
+
+def number(what: str, value: Any, low: float, high: float) -> float:
+    """`value` as a float in [low, high], to four decimals. Raises ValueError naming `what`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{what} must be a number from {low:g} to {high:g}; got {str(value)[:40]}")
+    return round(float(value), 4)
+
+
+def whole(what: str, value: Any, low: int, high: int) -> int:
+    """`value` as an int in [low, high]. Raises ValueError naming `what`."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or value % 1:
+        raise ValueError(f"{what} must be a whole number from {low} to {high}; got {str(value)[:40]}")
+    return int(value)
+
+
+def new_seed() -> int:
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def check_seed(value: Any) -> int:
+    return whole("Seed", value, 0, MAX_SEED)
+
+
+def factor(width: int, height: int) -> int:
+    """How many times an image is enlarged to be seen well."""
+    return max(1, SHOWN_SIDE // max(width, height))
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """Small images by a whole factor, each pixel a square; large ones as they are."""
+    k = factor(*image.size)
+    return image.resize((image.width * k, image.height * k), Image.Resampling.NEAREST) if k > 1 else image
+
+
+@dataclass
+class Step:
+    """One step of a run: `image` is the first image so far, where the tokenizer can show it."""
+
+    number: int
+    total: int
+    image: Image.Image | None
+
+
+class _Stopped(Exception):
+    """The visitor is gone: leave the sampling loop."""
+
+
+def stream(run: Callable[..., Any], preview: bool) -> Iterator[Any]:
+    """Call `run(callback_on_step_end=...)` in a thread; yield a `Step` after each step, at last its result.
+
+    When the consumer stops early, so does the run, at its next step.
+    """
+    events: queue.Queue[Any] = queue.Queue()
+    stop = threading.Event()
+
+    def on_step(pipeline: Any, step: int, position: int, state: dict[str, Any]) -> None:
+        if stop.is_set():
+            raise _Stopped
+        image = pipeline.to_images(state["tokens"][:1])[0] if preview else None
+        events.put(Step(step + 1, state["num_steps"], image))
+
+    def work() -> None:
+        try:
+            events.put(run(callback_on_step_end=on_step))
+        except BaseException as error:
+            events.put(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            event = events.get()
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+            if not isinstance(event, Step):
+                return
+    finally:
+        stop.set()
+        thread.join()
+
+
+def is_pyramid(pipeline: Any) -> bool:
+    """Whether the first few steps alone can be shown as an image."""
+    return len(pipeline.image_tokenizer.layout.grids) > 1
+
+
+def class_name(pipeline: Any, label: int) -> str:
+    return pipeline.labels.get(label, f"class {label}")
+
+
+def class_choices(pipeline: Any) -> list[tuple[str, str]]:
+    """(what the visitor reads, what is sent) for each class."""
+    names = pipeline.labels
+    return [
+        (f"{i} · {names[i]}" if i in names else f"class {i}", str(i)) for i in range(pipeline.transformer.num_classes)
+    ]
+
+
+def check_class(pipeline: Any, choice: Any) -> int:
+    """A class id or name as an id. Raises ValueError."""
+    (label,) = pipeline.label_ids([str(choice)[:80]])
+    return whole("Class", label, 0, pipeline.transformer.num_classes - 1)
+
+
+# ---------------------------------------------------------------- sampling settings
+
+SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
+"""In the order of the controls, which is the order in which handlers receive them."""
+
+
+def defaults(pipeline: Any) -> dict[str, Any]:
+    return {name: pipeline.sampler.config[name] for name in SETTINGS}
+
+
+def _most_k(pipeline: Any) -> int:
+    size = pipeline.image_tokenizer.layout.codebook_size
+    return size if isinstance(size, int) else 65536
+
+
+def check_settings(pipeline: Any, values: Sequence[Any]) -> dict[str, Any]:
+    """The values of the sampling controls as arguments of a pipeline call. Raises ValueError."""
+    guidance, temperature, top_k, top_p, more_smooth = values
+    return {
+        "guidance_scale": number("Guidance", guidance, 0, 100),
+        "temperature": number("Temperature", temperature, 0.01, MAX_TEMPERATURE),
+        "top_k": whole("Top-k", top_k, 0, _most_k(pipeline)),
+        "top_p": number("Top-p", top_p, 0.01, 1),
+        "more_smooth": bool(more_smooth),
+    }
+
+
+def setting_updates(pipeline: Any) -> list[dict[str, Any]]:
+    """Properties of the five controls that depend on the model, in the order of `SETTINGS`."""
+    default = defaults(pipeline)
+    return [
+        {"value": default["guidance_scale"], "maximum": max(5.0, default["guidance_scale"])},
+        {"value": default["temperature"], "maximum": max(2.0, default["temperature"])},
+        {"value": default["top_k"], "maximum": _most_k(pipeline)},
+        {"value": default["top_p"]},
+        {"value": default["more_smooth"]},
+    ]
+
+
+def setting_controls(pipeline: Any) -> list[Any]:
+    """A guidance slider and an accordion with the rest, at the model's defaults."""
+    gr = need_gradio()
+    guidance, temperature, top_k, top_p, more_smooth = setting_updates(pipeline)
+    controls = [
+        gr.Slider(1, step=0.1, label="Guidance", info="1 is off; higher follows the class more closely", **guidance)
+    ]
+    with gr.Accordion("Sampling", open=False):
+        controls += [
+            gr.Slider(0.1, step=0.05, label="Temperature", info="Below 1 safer, above 1 more varied", **temperature),
+            gr.Slider(0, step=1, label="Top-k", info="Choose among the k likeliest codes; 0 is off", **top_k),
+            gr.Slider(0.05, 1, step=0.01, label="Top-p", info="Choose among this share of likely codes", **top_p),
+            gr.Checkbox(label="Smoother pictures", info="Blends codes: nicer to look at, less exact", **more_smooth),
+        ]
+    return controls
+
+
+def seed_controls() -> Any:
+    """A seed box with its button, wired; returns the box."""
+    gr = need_gradio()
+    with gr.Row(equal_height=True, elem_classes="seed-row"):
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=2, min_width=120)
+        button = gr.Button("New seed", scale=1, min_width=90, elem_classes="new-seed")
+    button.click(new_seed, outputs=seed, queue=False, show_progress="hidden", api_visibility="private")
+    return seed

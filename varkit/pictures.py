@@ -1,0 +1,67 @@
+"""Pictures for people: grids, and PNG files that carry their settings."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+METADATA_KEY = "varkit"
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] -> PIL images; values outside are clamped."""
+    array = images.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
+    return [Image.fromarray(a) for a in array.byte().permute(0, 2, 3, 1).numpy()]
+
+
+def grid(images: Sequence[Image.Image], columns: int, zoom: int = 1) -> Image.Image:
+    """Images of one size in rows, two pixels apart, each pixel drawn `zoom` times."""
+    width, height = (side * zoom for side in images[0].size)
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * (width + 2) + 2, rows * (height + 2) + 2), "white")
+    for i, image in enumerate(images):
+        place = (2 + i % columns * (width + 2), 2 + i // columns * (height + 2))
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
+    return sheet
+
+
+def columns_for(num: int, classes: int) -> int:
+    """One column a class where that makes full rows of at most 16, else about a square."""
+    return classes if 1 < classes <= 16 and num >= classes else min(num, max(1, round(num**0.5)), 16)
+
+
+def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = None) -> None:
+    """Write atomically; `settings` go into the text chunk `varkit` as JSON."""
+    info = PngInfo()
+    if settings is not None:
+        info.add_text(METADATA_KEY, json.dumps(settings))
+    part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(part, format="PNG", pnginfo=info)
+    os.replace(part, path)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings that `save_png` wrote. Raises ValueError when there are none."""
+    with Image.open(path) as image:
+        text = getattr(image, "text", {}).get(METADATA_KEY)
+    if text is None:
+        raise ValueError(f"{path} carries no varkit settings")
+    return json.loads(text)
+
+
+def save_npz(images: Sequence[Image.Image], labels: Sequence[int], path: Path) -> None:
+    """The layout of the ADM evaluator: `arr_0` uint8 (N, H, W, 3); and `arr_1`, the classes. Atomic."""
+    part = path.with_name(f".{path.name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with part.open("wb") as file:
+        np.savez_compressed(file, arr_0=np.stack([np.asarray(i) for i in images]), arr_1=np.asarray(labels))
+    os.replace(part, path)

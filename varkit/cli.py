@@ -89,7 +89,7 @@ def sample(
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
-    more_smooth: Annotated[bool, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = False,
+    more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
         "grid.png"
     ),
@@ -118,7 +118,7 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
-        "more_smooth": more_smooth or None,
+        "more_smooth": more_smooth,
     }
     settings = pipeline.sampler.settings(**given)
     say(

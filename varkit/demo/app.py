@@ -103,4 +103,5 @@ def launch(
             ssr_mode=False,
         )
     except OSError as error:
-        raise ValueError(f"cannot listen at {host}:{port}: {' '.join(str(error).split())}") from None
+        reason = "the port is taken, or this machine may not listen there; choose another"
+        raise ValueError(f"cannot listen at {host}:{port}: {reason}") from error

@@ -72,7 +72,7 @@ def command(source: str, labels: Sequence[int], seed: int, settings: dict[str, A
         if name == "more_smooth":
             words.append(f"--{flag}" if settings[name] else f"--no-{flag}")
         else:
-            words += [f"--{flag}", f"{settings[name]:g}"]
+            words += [f"--{flag}", str(settings[name])]
     return shlex.join([*words, "--out", "grid.png"])
 
 

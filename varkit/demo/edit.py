@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -38,17 +38,23 @@ FOLLOW = "follow"
 INSIDE, OUTSIDE = "The box", "Everything but the box"
 TINT = (249, 115, 22)
 
+Upload = Mapping[str, Any]
+"""What gradio hands over unprocessed for an image box: "path" is a file that it has taken in itself."""
 
-def read_upload(path: str | None) -> Image.Image:
+
+def read_upload(upload: Upload | None) -> Image.Image:
     """The image in a file a visitor sent, upright, RGB. Raises ValueError: none, no image, or too large."""
-    if path is None:
+    path = upload.get("path") if upload else None
+    if not path:
         raise ValueError("upload an image or choose an example first")
     try:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size  # from the header: nothing is decoded yet
             if max(width, height) <= MAX_SIDE:
                 return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError):
+    except Image.DecompressionBombError:
+        raise ValueError(f"the image is far too large; send at most {MAX_SIDE} a side") from None
+    except (OSError, SyntaxError):
         raise ValueError(f"this file is not an image that can be read; send {', '.join(FORMATS)}") from None
     raise ValueError(f"the image has {width} x {height} pixels; send at most {MAX_SIDE} a side")
 
@@ -88,14 +94,16 @@ def check_region(pipeline: Any, region: Any, sides: tuple[Any, ...]) -> tuple[Bo
     return (top, left, bottom, right), keep, redrawn[rows][:, columns]
 
 
-def preview(models: Models, name: str, path: str | None, region: Any, *sides: Any) -> tuple[Image.Image | None, str]:
+def preview(
+    models: Models, name: str, upload: Upload | None, region: Any, *sides: Any
+) -> tuple[Image.Image | None, str]:
     """The image as the model sees it with the part to redraw tinted, and a line about it."""
     with readable_errors():
-        if path is None:
+        if upload is None:
             return None, ""
         pipeline = models.open(name)
         size = pipeline.image_tokenizer.image_size
-        image, _ = to_model_size(read_upload(path), size)
+        image, _ = to_model_size(read_upload(upload), size)
         try:
             _, _, redrawn = check_region(pipeline, region, sides)
         except ValueError as error:
@@ -108,14 +116,14 @@ def preview(models: Models, name: str, path: str | None, region: Any, *sides: An
         return enlarge(Image.fromarray(pixels.round().astype(np.uint8))), note
 
 
-def edit(models: Models, name: str, path: str | None, region: Any, *rest: Any) -> Iterator[tuple[Any, str, str]]:
+def edit(models: Models, name: str, upload: Upload | None, region: Any, *rest: Any) -> Iterator[tuple[Any, str, str]]:
     """Yields ((before, after), status, Python lines) as the run proceeds.
 
     Args: rest: top, left, bottom, right, class, the five sampling settings, seed.
     """
     with readable_errors():
         pipeline = models.open(name)
-        image, exact = to_model_size(read_upload(path), pipeline.image_tokenizer.image_size)
+        image, exact = to_model_size(read_upload(upload), pipeline.image_tokenizer.image_size)
         box, keep, _ = check_region(pipeline, region, rest[:4])
         label = None if rest[4] == FOLLOW else check_class(pipeline, rest[4])
         settings, seed = check_settings(pipeline, rest[5:-1]), check_seed(rest[-1])
@@ -158,10 +166,10 @@ def snippet(
     arguments += [f"{k}={v!r}" for k, v in settings.items()]
     shrink = f".resize({exact}, Image.Resampling.NEAREST)" if exact else ""
     return (
-        "from PIL import Image\n"
+        "from PIL import Image, ImageOps\n"
         "from varkit import AutoPipeline\n\n"
         f"pipeline = AutoPipeline.from_pretrained({source!r})\n"
-        f'image = Image.open("image.png"){shrink}  # the image above\n'
+        f'image = ImageOps.exif_transpose(Image.open("image.png")){shrink}  # the image above\n'
         f"result = pipeline.edit(image, {', '.join(arguments)})\n"
         'result.images[0].save("edited.png")'
     )
@@ -180,12 +188,12 @@ def refresh(models: Models, name: str) -> list[Any]:
         return [picker, *(gr.update(**u) for u in setting_updates(pipeline))]
 
 
-def show_examples(models: Models, name: str, path: str | None) -> tuple[Any, Any]:
+def show_examples(models: Models, name: str, upload: Upload | None) -> tuple[Any, Any]:
     """The model's own images, and the first of them where no image was given yet."""
     with readable_errors():
         gr = need_gradio()
         images = models.examples(name)
-        return gr.update(value=images, visible=bool(images)), images[0] if images and path is None else gr.skip()
+        return gr.update(value=images, visible=bool(images)), images[0] if images and upload is None else gr.skip()
 
 
 def pick_example(models: Models, name: str, index: int) -> Image.Image:
@@ -194,31 +202,6 @@ def pick_example(models: Models, name: str, index: int) -> Image.Image:
         if not 0 <= index < len(images):
             raise ValueError("choose one of the examples shown")
         return images[index]
-
-
-def upload_box() -> Any:
-    """A `gr.Image` that hands over the file's path unread, and answers a broken file with a sentence."""
-    gr = need_gradio()
-
-    class Upload(gr.Image):  # type: ignore[misc]
-        is_template = True  # the browser sees a gr.Image
-
-        def preprocess(self, payload: Any) -> Any:
-            try:
-                return super().preprocess(payload)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-                raise gr.Error("This file is not an image that can be read.", print_exception=False) from None
-
-    return Upload(
-        label="Image",
-        type="filepath",
-        image_mode=None,
-        format="png",
-        height=260,
-        sources=["upload", "clipboard"],
-        buttons=[],
-        elem_id="upload",
-    )
 
 
 def add_tab(models: Models, model: Any) -> None:
@@ -230,7 +213,14 @@ def add_tab(models: Models, model: Any) -> None:
     pipeline = models.open(models.names[0])
     with gr.Tab("Edit", id="edit") as tab, gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            upload = upload_box()
+            upload = gr.Image(
+                label="Image",
+                format="png",
+                height=260,
+                sources=["upload", "clipboard"],
+                buttons=[],
+                elem_id="upload",
+            )
             gr.Markdown("Or choose one that the model drew:", elem_classes="note")
             examples = gr.Gallery(
                 label="Examples",
@@ -298,6 +288,7 @@ def add_tab(models: Models, model: Any) -> None:
     sides = [top, left, bottom, right]
     hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
     network: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": NETWORK}
+    raw: dict[str, Any] = {"preprocess": False}  # else gradio opens uploads itself, and fails on a broken one
     button.click(
         partial(edit, models),
         [model, upload, region, *sides, picker, *settings, seed],
@@ -305,18 +296,14 @@ def add_tab(models: Models, model: Any) -> None:
         api_name="edit",
         show_progress="minimal",
         show_progress_on=note,
+        **raw,
         **network,
     )
-    gr.on(
-        [c.change for c in (upload, region, *sides)],
-        partial(preview, models),
-        [model, upload, region, *sides],
-        [shown, share],
-        trigger_mode="always_last",
-        **hidden,
-    )
-    fill = partial(show_examples, models)
-    tab.select(fill, [model, upload], [examples, upload], **network, **hidden)
+    look = (partial(preview, models), [model, upload, region, *sides], [shown, share])
+    gr.on([c.change for c in (upload, region, *sides)], *look, trigger_mode="always_last", **raw, **hidden)
+    fill = (partial(show_examples, models), [model, upload], [examples, upload])
+    tab.select(*fill, **raw, **network, **hidden)
     examples.select(on_pick, model, upload, **hidden)
     changed_model = model.change(partial(refresh, models), model, [picker, *settings], **network, **hidden)
-    changed_model.then(fill, [model, upload], [examples, upload], **network, **hidden)
+    changed_model.then(*fill, **raw, **network, **hidden)
+    changed_model.then(*look, **raw, **hidden)

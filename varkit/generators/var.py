@@ -470,15 +470,15 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
         {
             "num_classes": 10,
             "depth": 6,
-            "hidden_size": 192,
-            "num_heads": 3,
+            "hidden_size": 160,
+            "num_heads": 5,
             "shared_adaln": True,
             "scales": (1, 2, 3, 4, 6, 8),
             "codebook_size": 512,
             "latent_dim": 16,
         },
         "multiscale_vq_fashion",
-        "Fashion-MNIST at 32x32, 3.1 M parameters",
+        "Fashion-MNIST at 32x32, 2.2 M parameters",
     ),
 }
 for _name, (_preset, _tokenizer, _summary) in _PRESETS.items():

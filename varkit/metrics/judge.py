@@ -68,7 +68,8 @@ def judge(
     Args:
         num: images of each kind; at most the size of `test`.
         guidances: guidance scales to sample at.   settings: further sampler settings.
-    Returns: plain data: `floor`, `reconstruction` and a `samples` list of rows with `fd`, `agreement`, ...
+    Returns: plain data: `protocol`, `num`, `guidances`, `floor`, `reconstruction` and a `samples` list of rows with
+        `fd`, `agreement`, ...
     """
     num = min(num, len(test))
     reference, _ = statistics(classifier, batches(train, len(train)))
@@ -101,6 +102,8 @@ def judge(
     return {
         "protocol": f"FD(classifier): features of the shipped classifier, {num} images against {len(train)} "
         f"training images; samples: seed {seed}, classes cycled, 8-bit; {pipeline.sampler.settings(**settings)}",
+        "num": num,
+        "guidances": ",".join(f"{w:g}" for w in guidances),
         "floor": {"fd": floor, "accuracy": float(accuracy.compute()["agreement"])},
         "reconstruction": {
             "fd": limit,

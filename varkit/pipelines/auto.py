@@ -80,12 +80,14 @@ class AutoPipeline:
 
 
 def open_tokenizer(name: str) -> Any:
-    """The tokenizer of a shipped model or pipeline, a tokenizer's folder, or a released file.
+    """The tokenizer of a shipped model or pipeline, a tokenizer's folder, a released checkpoint or its file.
 
-    Raises: ValueError when `name` is no shipped model, folder or released file.
+    Raises: ValueError when `name` is none of them.
     """
     from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 
+    if name in registry.list_checkpoints():
+        name = _download(registry.checkpoint(name))
     folder = find_folder(name)
     if folder is not None:
         return MultiScaleVQ.from_pretrained(folder / "image_tokenizer")
@@ -99,7 +101,7 @@ def open_tokenizer(name: str) -> Any:
             return model
     raise ValueError(
         f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of a "
-        f"tokenizer run), or a released file such as vae_ch160v4096z32.pth"
+        f"tokenizer run), a released checkpoint such as multiscale_vq_f16.openimages, or its file"
     )
 
 
@@ -122,16 +124,24 @@ def _assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any
     return ClassToImagePipeline(transformer, tokenizer, NextGroupSampler(**sampling))
 
 
-def _from_checkpoint(card: registry.Checkpoint, dtype: torch.dtype | None) -> Any:
+def _download(card: registry.Checkpoint) -> str:
+    """The released file, from the hub or its cache. Raises ValueError when neither has it."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    try:
+        return hf_hub_download(card.repo_id, card.filename)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"{card.repo_id}/{card.filename} cannot be downloaded: {error}. With the file at hand, use `varkit convert`"
+        ) from None
+
+
+def _from_checkpoint(card: registry.Checkpoint, dtype: torch.dtype | None) -> Any:
     if card.tokenizer is None:
-        raise ValueError(f"{card.name} is a tokenizer, not a pipeline; open it with load_official()")
-    tokenizer = registry.checkpoint(card.tokenizer)
+        raise ValueError(f"{card.name} is a tokenizer, not a pipeline; `varkit reconstruct` and open_tokenizer take it")
     pipeline = AutoPipeline.from_single_file(
-        hf_hub_download(card.repo_id, card.filename),
-        hf_hub_download(tokenizer.repo_id, tokenizer.filename),
-        **card.sampling,
+        _download(card), _download(registry.checkpoint(card.tokenizer)), **card.sampling
     )
     return pipeline.to(dtype) if dtype is not None else pipeline
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,7 @@ class ClassToImagePipeline(DiffusionPipeline):
         ids = []
         for name in names:
             text = str(name).strip()
-            if text.lstrip("-").isdigit():
+            if re.fullmatch(r"-?[0-9]+", text):
                 ids.append(int(text))
             elif text.lower() in by_name:
                 ids.append(by_name[text.lower()])

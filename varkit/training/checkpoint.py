@@ -19,8 +19,9 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, oldest first."""
-        names = [p.name.removeprefix("step-") for p in self.folder.glob("step-*") if p.is_dir()]
-        return sorted(int(n) for n in names if n.isdecimal())  # a copy somebody made (step-5.bak) is none of ours
+        names = [p.name for p in self.folder.glob("step-*") if p.is_dir()]
+        numbers = [(n, int(d)) for n in names if (d := n.removeprefix("step-")).isdecimal()]
+        return sorted(step for n, step in numbers if n == self.path(step).name)  # step-5, step-5.bak: none of ours
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

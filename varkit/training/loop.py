@@ -189,6 +189,7 @@ class Trainer:
             num_workers=workers,
             pin_memory=a.device.type == "cuda",
             persistent_workers=workers > 0,
+            generator=torch.Generator().manual_seed(self.loop.seed),  # leave dropout's alone: a resumed run must match
         )
 
     def _say(self, text: str) -> None:
@@ -269,6 +270,8 @@ class Trainer:
                 numbers["grad_norm" if phase == "main" else f"{phase}/grad_norm"] = norm
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        for weight in self.parameters["main"]:  # EMAModel copies, not averages, what takes no gradient
+            weight.requires_grad_(True)
         self.objective.after_step(step, Rng.for_keys(self.loop.seed, torch.tensor([0])))
         if self.ema is not None:
             self.ema.step(self.objective.trained("main").parameters())

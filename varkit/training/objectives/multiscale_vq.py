@@ -76,6 +76,12 @@ class Training(Objective):
         self.image_size = self.tokenizer.image_size
         self.discriminator = None
         if config.adversarial_weight:
+            smallest = 3 * 2**config.discriminator_layers
+            if min(self.image_size) < smallest:
+                raise ConfigError(
+                    f"objective.discriminator_layers {config.discriminator_layers} needs images of at least {smallest} "
+                    f"pixels a side; these have {min(self.image_size)}. Use fewer layers, or adversarial_weight=0"
+                )
             self.discriminator = PatchDiscriminator(3, config.discriminator_width, config.discriminator_layers)
         self.perceptual = False
         if config.perceptual_weight and min(self.image_size) >= SMALLEST_SIDE:
@@ -131,6 +137,8 @@ class Training(Objective):
             real, fake = logits.chunk(2)
             loss = discriminator_loss(self.config.adversarial_loss, real, fake)
             return {"loss": loss, "logit_real": real.float().mean(), "logit_fake": fake.float().mean()}
+        if not self.coded:  # a step begins: the count is not saved, so a resumed run must get it from here
+            self.tokenizer.quantize.records = step
         reconstruction, quantized = self.tokenizer(images)
         self.coded.append(quantized)
         c = self.config

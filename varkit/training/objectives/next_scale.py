@@ -30,7 +30,7 @@ class Config:
     """A VAR transformer and how it learns."""
 
     name: Literal["next-scale"] = "next-scale"
-    tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), or a released file
+    tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), a released checkpoint or its file
     model: str = "var_d16"  # a registered generator
     model_overrides: dict[str, Any] = field(default_factory=dict)  # to change; the tokenizer gives its sizes
     init_from: str | None = None  # a folder or released file to start from

@@ -1,0 +1,51 @@
+"""Turn three finished runs into a model folder with its card: how varkit/zoo/fashion-var was made.
+
+python eval/judge_generator.py runs/fashion_var/model --classifier runs/fashion_classifier/model --json judged.json
+python eval/write_card.py judged.json --out varkit/zoo/fashion-var --machine "two CPU cores"
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+INTRODUCTION = """Class-conditional images of Fashion-MNIST (padded to 32x32) by next-scale prediction: the VAR of
+arXiv 2404.02905 with its multi-scale VQ tokenizer, small enough to be trained and sampled on a CPU. It is varkit's
+worked example: the recipes that made it ship with the package."""
+
+LIMITS = """- A toy: it draws 28x28 grey garments and nothing else, for demonstration, tests and teaching.
+- The tokenizer smooths fine texture (prints, laces, plaids); the samples inherit that.
+- The judge is a small classifier trained on the same data: FD(classifier) compares models of this data set with one
+  another and says nothing beside an FID.
+- The data is Zalando's, catalogue photographs of 2017: its classes, cuts and styles are those of that shop.
+- Data: Fashion-MNIST (Zalando SE, MIT licence), arXiv 1708.07747."""
+
+
+def main(
+    judged: Annotated[Path, typer.Argument(help="The JSON of eval/judge_generator.py.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    machine: Annotated[str, typer.Option(help="What the runs were made on.")],
+    tokenizer_run: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/fashion_vq"),
+    generator_run: Annotated[Path, typer.Option(help="Folder of the generator's run.")] = Path("runs/fashion_var"),
+    classifier_run: Annotated[Path, typer.Option(help="Folder of the judge's run.")] = Path("runs/fashion_classifier"),
+    title: Annotated[str, typer.Option(help="The model's name.")] = "fashion-var",
+) -> None:
+    """Copy the models, draw the pictures and curves, write README.md."""
+    from varkit.training.card import write_card
+
+    write_card(
+        tokenizer_run,
+        generator_run,
+        classifier_run,
+        judged,
+        out,
+        title=title,
+        machine=machine,
+        introduction=INTRODUCTION,
+        limits=LIMITS,
+    )
+    typer.echo(f"wrote {out}/README.md")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -191,7 +191,8 @@ def test_a_named_data_set_is_written_for_use_elsewhere(tmp_path: Path) -> None:
         (idx / f"{split}-labels-idx1-ubyte").write_bytes(b"\x00\x00\x08\x01" + (2).to_bytes(4, "big") + b"\x03\x09")
     run("data", "fashion-mnist", "--out", tmp_path / "out", "--root", idx)
     with np.load(tmp_path / "out" / "train.npz", allow_pickle=False) as archive:
-        assert archive["arr_1"].tolist() == [3, 9] and np.array_equal(archive["arr_0"].squeeze(-1), images)
+        assert archive["arr_1"].tolist() == [3, 9] and archive["arr_0"].shape == (2, 28, 28, 3)
+        assert np.array_equal(archive["arr_0"][..., 1], images)
 
 
 # ---- train --------------------------------------------------------------------------------------------------------

@@ -48,11 +48,13 @@ def say(text: str) -> None:
 
 def open_pipeline(name: str, device: str, dtype: str) -> Any:
     import torch
+    from diffusers.utils.logging import disable_progress_bar
 
     from varkit.pipelines.auto import AutoPipeline, best_device
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    disable_progress_bar()  # the parts of a pipeline load in a moment
     pipeline = AutoPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
     pipeline.to(best_device() if device == "auto" else torch.device(device))
     pipeline.set_progress_bar_config(disable=True)
@@ -160,7 +162,9 @@ def reconstruct(
     out: Annotated[Path, typer.Option(help="Folder for originals.png, reconstructions.png and metrics.json.")],
     num: Annotated[int, typer.Option(min=1, help="How many images, from the first.")] = 64,
     mode: Annotated[str, typer.Option(help="How images get the model's size: center, squash or pad.")] = "center",
-    split: Annotated[str, typer.Option(help="Of a data set with splits.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="train, val or test. Default: test of a named data set, else the source itself.")
+    ] = None,
     root: Annotated[str | None, typer.Option(help="Where a named data set lies.")] = None,
     device: Device = "auto",
     as_json: Json = False,

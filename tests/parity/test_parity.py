@@ -65,11 +65,12 @@ def test_case(path: Path, case_name: str) -> None:
         check(name, answers[name], tensor, meta)
 
 
-def test_an_unknown_operation_fails(tmp_path: Path) -> None:
+def test_an_unknown_operation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fixture that no adapter knows must fail, never pass in silence."""
-    fixture = Fixture({"system": "var", "cases": {"x": {"component": "sampler", "op": "levitate"}}}, {}, {})
-    case = Case(fixture, "x")
-    assert (fixture.meta["system"], case.meta["component"], case.meta["op"]) not in ADAPTERS
+    meta = {"system": "var", "cases": {"x": {"component": "sampler", "op": "levitate"}}}
+    monkeypatch.setitem(globals(), "opened", lambda path: Fixture(meta, {}, {}))
+    with pytest.raises(AssertionError, match="no adapter knows"):
+        test_case(Path("x.json"), "x")
 
 
 @pytest.mark.parametrize("fault", [0.01, float("nan")])

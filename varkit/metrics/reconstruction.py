@@ -74,17 +74,20 @@ def reconstruct_folder(
     *,
     num: int,
     mode: str,
-    split: str,
+    split: str | None,
     root: str | None,
     device: str,
 ) -> dict[str, Any]:
-    """What `varkit reconstruct` does: report, and write originals.png, reconstructions.png, metrics.json."""
-    from varkit.data.images import open_images
+    """What `varkit reconstruct` does: report, and write originals.png, reconstructions.png, metrics.json.
+
+    Args: split: None is the test split of a named data set, and anything else itself.
+    """
+    from varkit.data.images import DATASETS, open_images
     from varkit.data.transforms import ImageTransform
     from varkit.pictures import grid, save_png, to_pil
     from varkit.pipelines.auto import best_device, open_tokenizer
 
-    dataset = open_images(source, split=split, root=root)
+    dataset = open_images(source, split=split or ("test" if source in DATASETS else "train"), root=root)
     tokenizer = open_tokenizer(name).eval()
     dataset.transform = ImageTransform(tokenizer.image_size, mode=mode, enlarge=1.0)  # type: ignore[arg-type]
     where = best_device() if device == "auto" else torch.device(device)

@@ -237,7 +237,7 @@ class Trainer:
                 if last or self._due(done, self.loop.sample_every):
                     self._sample(done)
                 if last or stop.received or self._due(done, self.loop.save_every):
-                    self._save(done)
+                    self._save(done, window)
                 if stop.received and not last:
                     self._say(f"{stop.received}: saved step {done} of {self.loop.steps}; continue with --resume")
                     self.accelerator.end_training()
@@ -296,12 +296,7 @@ class Trainer:
 
     def _log(self, step: int, window: Window, bar: Any) -> None:
         numbers, seconds, steps = window.close()
-        if not math.isfinite(numbers["loss"]):
-            latest = self.checkpoints.latest()
-            raise FloatingPointError(
-                f"the loss is {numbers['loss']} at step {step}; the last good checkpoint is {latest or 'none'}. Lower "
-                f"optim.lr, or train with loop.precision=no"
-            )
+        self._require_finite(step, numbers["loss"])
         speed = steps * self.loop.batch_size / seconds
         numbers |= self.objective.statistics()
         numbers |= {
@@ -368,7 +363,18 @@ class Trainer:
                 save_png(sheet, self.folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.accelerator.wait_for_everyone()
 
-    def _save(self, step: int) -> None:
+    def _require_finite(self, step: int, loss: float) -> None:
+        if not math.isfinite(loss):
+            latest = self.checkpoints.latest()
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step}; the last good checkpoint is {latest or 'none'}. Lower "
+                f"optim.lr, or train with loop.precision=no"
+            )
+
+    def _save(self, step: int, window: Window) -> None:
+        if window.steps:  # steps since the last log line: what is saved must be good
+            self._require_finite(step, float(window.sums["loss"]))
+
         def write(part: Path) -> None:
             self.accelerator.save_state(str(part))
 

@@ -42,7 +42,7 @@ class Condition(ABC):
 
     @abstractmethod
     def encode(self, **values: Any) -> Cond:
-        """Raises ValueError naming the bad value and the allowed ones."""
+        """Takes the values it needs by keyword. Raises ValueError naming the bad value and the allowed ones."""
 
     @abstractmethod
     def null(self, like: Cond) -> Cond:

@@ -82,7 +82,7 @@ def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:
     from varkit.generators.var import VAR
     from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 
-    model: nn.Module
+    model: Any
     if var_keys.is_tokenizer(state):
         with torch.device("meta"):
             model = MultiScaleVQ(**{**var_keys.read_tokenizer_arguments(state), **overrides})

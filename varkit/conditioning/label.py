@@ -20,7 +20,7 @@ class LabelCondition(Condition):
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
 
-    def encode(self, *, class_labels: Sequence[int] | Tensor, **_: Any) -> Cond:
+    def encode(self, *, class_labels: Sequence[int] | Tensor, **_: Any) -> Cond:  # type: ignore[override]
         """(B,) ids in [0, num_classes]. Raises ValueError naming the first id outside."""
         labels = torch.as_tensor(class_labels)
         if labels.dim() != 1 or labels.is_floating_point():

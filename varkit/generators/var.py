@@ -229,7 +229,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
         self.shared_ada_lin = (
             nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if shared_adaln else nn.Identity()
         )
-        self.blocks = nn.ModuleList(
+        self.blocks: Any = nn.ModuleList(
             Block(
                 hidden_size,
                 num_heads,
@@ -243,7 +243,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
             )
             for i in range(depth)
         )
-        self.head_nm = ModulatedNorm(hidden_size, norm_eps)
+        self.head_nm: Any = ModulatedNorm(hidden_size, norm_eps)
         self.head = nn.Linear(hidden_size, codebook_size)
         self.init_weights()
 
@@ -273,8 +273,8 @@ class VAR(ModelMixin, ConfigMixin, Generator):
         self.head_nm.ada_lin[1].weight.mul_(adaln_gain)
         width = self.config.hidden_size
         for block in self.blocks:
-            cast(nn.Linear, block.attn.proj).weight.div_(math.sqrt(2 * len(self.blocks)))
-            cast(nn.Linear, block.ffn.fc2).weight.div_(math.sqrt(2 * len(self.blocks)))
+            block.attn.proj.weight.div_(math.sqrt(2 * len(self.blocks)))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * len(self.blocks)))
             if self.config.shared_adaln:
                 nn.init.normal_(block.ada_gss, std=width**-0.5)
                 block.ada_gss[:, :, 2:].mul_(adaln_gain)
@@ -369,7 +369,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
 
     # ---- training -----------------------------------------------------------------------------------------
 
-    def training_loss(
+    def training_loss(  # type: ignore[override]
         self,
         tokens: Tensor,
         inputs: Tensor,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -91,11 +92,11 @@ def level(widths: Sequence[int], dropout: float, attention: bool) -> nn.Module:
     return stage
 
 
-def run_level(stage: nn.Module, x: Tensor) -> Tensor:
-    for i, block in enumerate(stage.block):  # type: ignore[arg-type]
+def run_level(stage: Any, x: Tensor) -> Tensor:
+    for i, block in enumerate(stage.block):
         x = block(x)
-        if len(stage.attn):  # type: ignore[arg-type]
-            x = stage.attn[i](x)  # type: ignore[index]
+        if len(stage.attn):
+            x = stage.attn[i](x)
     return x
 
 
@@ -121,14 +122,14 @@ class ConvEncoder(nn.Module):
         super().__init__()
         widths = [base_channels * m for m in multipliers]
         self.conv_in = nn.Conv2d(image_channels, base_channels, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for i, (before, width) in enumerate(zip([base_channels, *widths], widths, strict=False)):
             last = i == len(widths) - 1
             stage = level([before] + [width] * num_res_blocks, dropout, attention and last)
             if not last:
                 stage.downsample = Downsample(width)
             self.down.append(stage)
-        self.mid = middle(widths[-1], dropout, mid_attention)
+        self.mid: Any = middle(widths[-1], dropout, mid_attention)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], latent_dim, 3, padding=1)
 
@@ -159,8 +160,8 @@ class ConvDecoder(nn.Module):
         super().__init__()
         widths = [base_channels * m for m in multipliers]
         self.conv_in = nn.Conv2d(latent_dim, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1], dropout, mid_attention)
-        self.up = nn.ModuleList()  # index 0 is the finest level, though the coarsest runs first
+        self.mid: Any = middle(widths[-1], dropout, mid_attention)
+        self.up: Any = nn.ModuleList()  # index 0 is the finest level, though the coarsest runs first
         for i, width in enumerate(widths):
             last = i == len(widths) - 1
             before = width if last else widths[i + 1]

@@ -38,6 +38,9 @@ class LPIPS(nn.Module):
     Args: trunk: `alex` for reports, `vgg` as a training loss, `squeeze`.
     """
 
+    shift: Tensor  # 1 3 1 1
+    scale: Tensor
+
     def __init__(self, trunk: Trunk = "vgg") -> None:
         super().__init__()
         if trunk not in TRUNKS:

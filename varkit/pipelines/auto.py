@@ -74,7 +74,7 @@ class AutoPipeline:
         """
         from varkit.checkpoints.files import load_official
 
-        model = load_official(transformer)
+        model: Any = load_official(transformer)
         tokenizer = load_official(image_tokenizer, scales=model.config.scales)
         return _assemble(model, tokenizer, sampling)
 

@@ -100,6 +100,8 @@ class MultiScaleQuantizer(nn.Module):
         residual_conv_count: with `residual_convs` 0, how many; 0 means one a scale.
     """
 
+    ema_vocab_hit_SV: Tensor  # K V: moving average of how often each scale uses each code
+
     def __init__(
         self,
         codebook_size: int,
@@ -235,7 +237,7 @@ class MultiScaleQuantizer(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(hits)
         decay = 0.0 if self.records == 0 else 0.9 if self.records < 100 else 0.99
-        self.ema_vocab_hit_SV.lerp_(hits, 1 - decay)  # type: ignore[operator]
+        self.ema_vocab_hit_SV.lerp_(hits, 1 - decay)
         self.records += 1
 
 

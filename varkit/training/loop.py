@@ -341,7 +341,8 @@ class Trainer:
         if self.validation is None or not self.accelerator.is_main_process:
             self.accelerator.wait_for_everyone()
             return
-        sums, images = {}, 0
+        sums: dict[str, float] = {}
+        images = 0
         with self._averaged():
             for batch, rng in self._held_out(self.loop.validate_images, 128):
                 count = len(batch["labels"])

@@ -106,7 +106,8 @@ def lr_and_decay(
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Two groups: with weight decay, and without (biases, 1-D tensors, and names in `module.no_decay`)."""
     parts = tuple(getattr(module, "no_decay", ()))
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -69,6 +69,9 @@ class Config:
 class Training(Objective):
     """Owns the tokenizer, the discriminator with its optimiser phase, and the perceptual net."""
 
+    cluster_size: Tensor  # V, of the ema codebook
+    cluster_sum: Tensor  # V C
+
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__()
         self.config = config
@@ -189,7 +192,7 @@ class Training(Objective):
     def _restart_dead_codes(self, coded: Quantized, step: int, rng: Rng) -> None:
         """Move codes that nothing uses onto residuals of this batch, all scales alike."""
         quantizer = self.tokenizer.quantize
-        hits: Tensor = quantizer.ema_vocab_hit_SV  # type: ignore[assignment]
+        hits = quantizer.ema_vocab_hit_SV
         use = hits.sum(0)
         dead = use < self.config.restart_below * use.mean()
         count = int(dead.sum())
@@ -211,7 +214,7 @@ class Training(Objective):
 
     def statistics(self) -> dict[str, float]:
         """Usage (share of codes with at least 8 % of the mean use) and perplexity, per scale and over all."""
-        hits: Tensor = self.tokenizer.quantize.ema_vocab_hit_SV.cpu()  # type: ignore[operator]
+        hits = self.tokenizer.quantize.ema_vocab_hit_SV.cpu()
         numbers: dict[str, float] = {}
         rows = {f"scale{k}": row for k, row in enumerate(hits)} | {"all": hits.sum(0)}
         for name, row in rows.items():

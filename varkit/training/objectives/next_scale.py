@@ -164,7 +164,7 @@ class Training(Objective):
         )
         return out.images * 2 - 1
 
-    def _pipeline(self) -> ClassToImagePipeline:
+    def _pipeline(self) -> Any:
         names = {str(i): name for i, name in enumerate(self.classes)} or None
         pipeline = ClassToImagePipeline(self.model, self.frozen("tokenizer"), self.sampler, id2label=names)
         pipeline.set_progress_bar_config(disable=True)

@@ -600,6 +600,13 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one(
     assert lines(plan.folder) == lines(whole.folder)
 
 
+def test_a_discriminator_too_large_for_the_images_is_refused(tmp_path: Path) -> None:
+    plan = recipe(tmp_path / "run", TOKENIZER, "objective.discriminator_layers=3")
+    with pytest.raises(ConfigError, match=r"discriminator_layers 3 needs images of at least 24 pixels .* have 8"):
+        train(plan)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_second_signal_ends_at_once_and_the_old_handlers_come_back() -> None:
     before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     stop = StopSignal()
@@ -642,6 +649,41 @@ def test_a_loss_that_is_no_number_ends_the_run_at_the_last_good_checkpoint(
     again = train(plan, resume=True)  # a finished run has nothing left to do
     assert again.finished and again.step == STEPS
     assert_same(exported(plan.folder), exported(runs["classifier"].folder))
+
+
+def test_no_checkpoint_is_written_of_a_loss_that_is_no_number(
+    runs: dict[str, Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also between two log lines."""
+    plan = recipe(tmp_path / "run", CLASSIFIER, "loop.log_every=5", "loop.validate_every=0")
+    forward = classifier.Training.forward
+
+    def poisoned(self: Any, batch: Any, phase: str, step: int, max_steps: int, rng: Rng) -> dict[str, Tensor]:
+        losses = forward(self, batch, phase, step, max_steps, rng)
+        return {"loss": losses["loss"] * (math.nan if step == 2 else 1)}
+
+    monkeypatch.setattr(classifier.Training, "forward", poisoned)
+    with pytest.raises(FloatingPointError, match=r"the loss is nan at step 3; .*step-00000002"):
+        train(plan)
+    assert Checkpoints(plan.folder / "checkpoints", 1).steps() == [1, 2]
+
+
+def test_a_tracker_is_chosen_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the tracker under test")
+    plan = recipe(tmp_path / "run", CLASSIFIER, "loop.tracker=tensorboard", "loop.steps=2", "loop.sample_every=0")
+    train(plan)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = {p.parent for p in plan.folder.rglob("events.out.tfevents.*") if "loss" in tags(p.parent)}
+    read = EventAccumulator(str(events)).Reload()
+    logged = [line["loss"] for line in lines(plan.folder) if "loss" in line]
+    assert [e.value for e in read.Scalars("loss")] == pytest.approx(logged, abs=1e-5)
+
+
+def tags(folder: Path) -> list[str]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder)).Reload().Tags()["scalars"]
 
 
 def test_accumulated_micro_batches_are_one_batch(runs: dict[str, Run], tmp_path: Path) -> None:
@@ -885,3 +927,39 @@ def test_what_does_not_fit_is_an_error_before_anything_is_written(
 def test_a_classifier_needs_two_classes() -> None:
     with pytest.raises(ConfigError, match="at least 2 classes; got 1"):
         build_objective(objective_config(CLASSIFIER), ["only"])
+
+
+# ---- the card of a finished model -----------------------------------------------------------------------------------
+
+
+def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws the curves")
+    from varkit.metrics.judge import judge, table
+    from varkit.training.card import write_card
+
+    data = open_images(SLICE, transform=ImageTransform(SIDE, mode="squash"))
+    pipeline = AutoPipeline.from_pretrained(runs["generator"].folder / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    judge_net = ImageClassifier.from_pretrained(runs["classifier"].folder / "model").eval()
+    result = judge(pipeline, judge_net, data, data, num=40, guidances=[1.0, 2.0])
+    (tmp_path / "judged.json").write_text(json.dumps(result))
+    write_card(
+        *(runs[name].folder for name in ("tokenizer", "generator", "classifier")),
+        tmp_path / "judged.json",
+        tmp_path / "ship",
+        title="tiny-var",
+        machine="a test machine",
+        introduction="An introduction.",
+        limits="- A limit.",
+        data=str(SLICE),
+        split="train",
+        mode="squash",
+    )
+    card = (tmp_path / "ship" / "README.md").read_text()
+    for words in ("# tiny-var", "library_name: varkit", table(result), "a test machine", "--num 40", "6 of 8"):
+        assert words in card
+    for picture in ("samples", "reconstructions", "curves"):
+        assert Image.open(tmp_path / "ship" / "card" / f"{picture}.png").width > 10
+    again = AutoPipeline.from_pretrained(tmp_path / "ship")
+    assert_same(again.transformer.state_dict(), pipeline.transformer.state_dict())
+    assert ImageClassifier.from_pretrained(tmp_path / "ship" / "classifier").config.image_size == SIDE

@@ -83,12 +83,12 @@ def draw_curves(runs: dict[str, Path], keys: Sequence[tuple[str, str]], path: Pa
     pyplot.close(figure)
 
 
-def reconstruction_picture(pipeline: Any, data: str, mode: str, root: str | None, path: Path) -> None:
+def reconstruction_picture(pipeline: Any, data: str, split: str, mode: str, root: str | None, path: Path) -> None:
     """Ten held-out images, one a class, above their reconstructions."""
     tokenizer = pipeline.image_tokenizer
-    dataset = open_images(data, split="test", root=root)
+    dataset = open_images(data, split=split, root=root)
     dataset.transform = ImageTransform(tokenizer.image_size, mode=mode)  # type: ignore[arg-type]
-    batch = dataset.__getitems__(list(range(200)))
+    batch = dataset.__getitems__(list(range(min(300, len(dataset)))))
     classes = sorted(set(batch["labels"].tolist()))[:10]
     images = batch["images"][[batch["labels"].tolist().index(c) for c in classes]]
     back = tokenizer.decode(tokenizer.encode(images))
@@ -108,6 +108,7 @@ def write_card(
     limits: str,
     licence: str = "apache-2.0",
     data: str = "fashion-mnist",
+    split: str = "test",
     mode: str = "pad",
     root: str | None = None,
     seed: int = 0,
@@ -128,7 +129,7 @@ def write_card(
     classes = pipeline.transformer.num_classes
     made = [image for _, _, image in generate(pipeline, list(range(classes)), 5 * classes, seed, 5 * classes)]
     save_png(grid(made, classes, 2), out / "card" / "samples.png", {"seed": seed, **pipeline.sampler.settings()})
-    reconstruction_picture(pipeline, data, mode, root, out / "card" / "reconstructions.png")
+    reconstruction_picture(pipeline, data, split, mode, root, out / "card" / "reconstructions.png")
     runs = {"tokenizer": tokenizer_run, "transformer": generator_run, "classifier": classifier_run}
     shown = [("tokenizer", "l2"), ("tokenizer", "psnr"), ("transformer", "loss"), ("transformer", "accuracy")]
     draw_curves(runs, shown, out / "card" / "curves.png")

@@ -101,3 +101,16 @@ def test_an_edit_keeps_what_was_not_redrawn(pipe: Any, real: dict[str, torch.Ten
     out = pipe.edit(shirts, box=(0.5, 0, 1, 1), seed=0, output_type="pt").images * 2 - 1
     upper, lower = ((out - shirts)[:, :, rows].square().mean() for rows in (slice(0, 14), slice(18, 32)))
     assert upper < 0.5 * lower
+
+
+@pytest.mark.slow
+def test_agreement_is_what_the_card_says(pipe: Any, classifier: ImageClassifier) -> None:
+    """The judge's own sampling, at each guidance scale of the card, other seeds: within four standard errors."""
+    from varkit.metrics.judge import sampled, statistics
+
+    judged = json.loads((FOLDER / "card" / "judged.json").read_text())
+    for row in judged["samples"]:
+        number, expected = 1000, row["agreement"]
+        _, agreement = statistics(classifier, sampled(pipe, number, 9, guidance_scale=row["guidance_scale"]))
+        error = 4 * (expected * (1 - expected) * (1 / number + 1 / judged["num"])) ** 0.5
+        assert abs(float(agreement.compute()["agreement"]) - expected) < error

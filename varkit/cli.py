@@ -232,7 +232,9 @@ def train(
     from varkit.training.loop import train as run
 
     result = run(loaded, resume=resume)
-    if result.model is not None:
+    from accelerate import PartialState
+
+    if result.model is not None and PartialState().is_main_process:
         typer.echo(f"wrote {result.model}")
 
 

@@ -195,6 +195,8 @@ def test_labels_are_dropped_in_training_only_at_the_configured_rate() -> None:
     order = torch.randperm(batch)[:100]
     assert torch.equal(dropped(rng[order]), which[order])
     assert not torch.equal(dropped(Rng.from_seed(1, batch)), which)
+    model.eval().register_to_config(official_quirks=True)
+    assert torch.equal(dropped(rng), which)  # as released: in eval mode too
     model.register_to_config(cond_drop_rate=0.0)
     assert not dropped(rng).any()
 

@@ -181,6 +181,8 @@ class VAR(ModelMixin, ConfigMixin, Generator):
         attn_l2_norm: unit-length q and k.
         cond_drop_rate: how often a label becomes the null class in training.
         scales, codebook_size, latent_dim: of the tokenizer.
+        official_quirks: drop labels in eval mode too, as the release does: only so is a validation loss the official
+            one. Weights and samples do not depend on it.
     Raises: ValueError when hidden_size is no multiple of num_heads.
     """
 
@@ -207,6 +209,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
         scales: Sequence[int | Sequence[int]] = SCALES_256,
         codebook_size: int = 4096,
         latent_dim: int = 32,
+        official_quirks: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -390,7 +393,7 @@ class VAR(ModelMixin, ConfigMixin, Generator):
         Returns: loss; accuracy; loss_last and accuracy_last of the finest scale trained.
         """
         labels = cond.vector
-        if self.training and self.config.cond_drop_rate > 0:
+        if (self.training or self.config.official_quirks) and self.config.cond_drop_rate > 0:
             u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
             labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
         last = self.layout.slices[(num_scales or len(self.layout.grids)) - 1]

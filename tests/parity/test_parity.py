@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.parity import adapters_metrics  # noqa: F401  (it adds to the table)
 from tests.parity.adapters import ADAPTERS
 from tests.parity.weights import Case, Fixture, load_fixture
 
@@ -28,8 +29,17 @@ def opened(path: Path) -> Fixture:
     return load_fixture(path)
 
 
-def check(name: str, ours: Tensor, recorded: Tensor, meta: dict[str, Any]) -> None:
-    """The comparison rules of the fixture format."""
+def traces(inputs: dict[str, Tensor], ddof: int) -> float:
+    """tr(S1) + tr(S2): the sums of the variances of the feature sets (N, D) of a case."""
+    return sum(float(features.double().var(0, correction=ddof).sum()) for features in inputs.values())
+
+
+def check(
+    name: str, ours: Tensor, recorded: Tensor, meta: dict[str, Any], inputs: dict[str, Tensor] | None = None
+) -> None:
+    """The comparison rules of the fixture format; some scale with what the case gives."""
+    scale = meta.get("tolerance_scale")
+    assert scale in (None, "traces"), f"unknown tolerance_scale {scale!r}"
     assert ours.shape == recorded.shape, f"{name}: shape {tuple(ours.shape)}, recorded {tuple(recorded.shape)}"
     tolerance = meta.get("tolerance", 0)
     named = isinstance(tolerance, dict) and name in tolerance
@@ -43,6 +53,8 @@ def check(name: str, ours: Tensor, recorded: Tensor, meta: dict[str, Any]) -> No
     same = (a == b) | a.isnan()  # equal infinities match
     difference = torch.where(same, 0.0, (a - b).abs())
     allowed = tolerance * max(1.0, float(b.abs().max())) if meta.get("relative") else tolerance
+    if scale == "traces":
+        allowed = tolerance * traces(inputs or {}, meta["settings"]["ddof"])
     assert float(difference.max()) <= allowed, f"{name}: off by {float(difference.max()):.3g}, allowed {allowed:.3g}"
 
 
@@ -62,7 +74,7 @@ def test_case(path: Path, case_name: str) -> None:
     assert recorded, f"{path.name}: case {case_name} records no output"
     assert recorded.keys() <= answers.keys(), f"not answered: {sorted(recorded.keys() - answers.keys())}"
     for name, tensor in recorded.items():
-        check(name, answers[name], tensor, meta)
+        check(name, answers[name], tensor, meta, case.inputs)
 
 
 def test_an_unknown_operation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +91,20 @@ def test_the_comparison_sees_a_wrong_number(fault: float) -> None:
         check("x", torch.tensor([1.0 + fault]), torch.tensor([1.0]), {"tolerance": 1e-4})
     with pytest.raises(AssertionError):
         check("ids", torch.tensor([1]), torch.tensor([2]), {"tolerance": 10.0})
+
+
+def test_a_tolerance_in_traces_is_that_and_no_more() -> None:
+    """tr(S1) + tr(S2) = 2 + 8 with N - 1, so 1e-3 of it is 0.01."""
+    inputs = {
+        "features_1": torch.tensor([[0.0, 0.0], [0.0, 2.0]]),
+        "features_2": torch.tensor([[0.0, 4.0], [0.0, 0.0]]),
+    }
+    meta = {"tolerance": 1e-3, "tolerance_scale": "traces", "settings": {"ddof": 1}}
+    recorded = torch.tensor([5.0], dtype=torch.float64)
+    check("value", recorded + 0.0099, recorded, meta, inputs)
+    with pytest.raises(AssertionError, match="off by"):
+        check("value", recorded + 0.0101, recorded, meta, inputs)
+    with pytest.raises(AssertionError, match="off by"):  # by N the traces are half as large
+        check("value", recorded + 0.0099, recorded, {**meta, "settings": {"ddof": 0}}, inputs)
+    with pytest.raises(AssertionError, match="unknown tolerance_scale"):
+        check("value", recorded, recorded, {**meta, "tolerance_scale": "luck"}, inputs)

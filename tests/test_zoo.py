@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,14 @@ def test_what_ships_is_small_and_holds_no_code() -> None:
     files = [p for p in FOLDER.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 14_000_000
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png"}
+
+
+@pytest.mark.parametrize("opener", ["varkit.AutoPipeline", "varkit.ClassToImagePipeline"])
+def test_it_opens_in_a_fresh_interpreter(opener: str) -> None:
+    """diffusers builds only what is imported, so whoever opens a pipeline must import its parts' modules."""
+    code = f"import varkit; print({opener}.from_pretrained({str(FOLDER)!r})('Bag', seed=0).images[0].size)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and "(32, 32)" in done.stdout, done.stderr
 
 
 def test_its_card_says_what_was_measured() -> None:

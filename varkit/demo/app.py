@@ -35,6 +35,7 @@ CSS = """
 @media (max-width: 640px) {
   #images .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #scales .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
 }
 """
 

@@ -68,13 +68,11 @@ class Models:
 
     def open(self, name: str) -> Any:
         """The pipeline, on the best device, loaded once."""
-        from varkit import registry
         from varkit.pipelines.auto import AutoPipeline, best_device
 
         source = self.source(name)
         with self._lock:
             if name not in self._open:
-                registry.list_models()  # imports the model files: diffusers only builds classes already imported
                 pipeline = AutoPipeline.from_pretrained(source).to(best_device())
                 pipeline.set_progress_bar_config(disable=True)
                 self._open[name] = pipeline

@@ -14,6 +14,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
+from varkit import registry
 from varkit.conditioning.label import LabelCondition
 from varkit.config import nearest
 from varkit.interfaces import Cond
@@ -53,6 +54,12 @@ class ClassToImagePipeline(DiffusionPipeline):
         transformer.layout.require(image_tokenizer.layout, "the transformer", "the image tokenizer")
         self.register_modules(transformer=transformer, image_tokenizer=image_tokenizer, sampler=sampler)
         self.register_to_config(id2label=id2label)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
+        registry.list_models()
+        return super().from_pretrained(*args, **kwargs)
 
     @property
     def labels(self) -> dict[int, str]:

@@ -15,6 +15,8 @@ worked example: the recipes that made it ship with the package."""
 
 LIMITS = """- A toy: it draws 28x28 grey garments and nothing else, for demonstration, tests and teaching.
 - The tokenizer smooths fine texture (prints, laces, plaids); the samples inherit that.
+- The coarsest scales use few codes: pictures of ten kinds of garment on black leave a 1x1 map little to say.
+- An agreement above that of real images is no merit: guidance draws typical garments, real shirts are often not.
 - The judge is a small classifier trained on the same data: FD(classifier) compares models of this data set with one
   another and says nothing beside an FID.
 - The data is Zalando's, catalogue photographs of 2017: its classes, cuts and styles are those of that shop.

@@ -30,12 +30,13 @@ CSS = """
 .pictures .grid-container { padding: 0 !important; }
 .pictures .empty { min-height: 130px !important; }
 .pictures .caption-label { font-size: 0.72rem; padding: 1px 6px; right: 4px; bottom: 4px; max-width: calc(100% - 8px); }
+#examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
+#examples .thumbnail-item, #examples .gallery-item { min-width: 0 !important; width: 100% !important; }
 .seed-row { align-items: end; }
 #command .cm-scroller, #snippet .cm-scroller { font-size: 0.85rem; }
 @media (max-width: 640px) {
   #images .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
   #scales .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
-  #examples .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
 }
 """
 

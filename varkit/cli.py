@@ -107,11 +107,13 @@ def sample(
     from tqdm import tqdm
 
     from varkit import pictures
+    from varkit.conditioning.label import LabelCondition
     from varkit.pipelines.class_to_image import generate
 
     pipeline = open_pipeline(name, device, dtype)
     names = classes.split(",") if classes else [str(i) for i in range(pipeline.transformer.num_classes)]
     ids = pipeline.label_ids(names)
+    LabelCondition(pipeline.transformer.num_classes).encode(class_labels=ids)
     num = num or len(ids)
     given = {
         "guidance_scale": guidance,

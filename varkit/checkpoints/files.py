@@ -36,7 +36,7 @@ def read_state_dict(path: str | Path) -> StateDict:
     except (pickle.UnpicklingError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
-    for key in ("model", "state_dict", "trainer"):  # wrappers that training scripts put around the weights
+    for key in ("model", "module", "state_dict", "trainer"):  # wrappers that training scripts put around the weights
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):

@@ -197,6 +197,41 @@ def frechet_distance(first: FeatureStatistics | Gaussian, second: FeatureStatist
     return float((apart + a.root.square().sum() + b.root.square().sum() - 2 * singular.sum()).clamp_min(0))
 
 
+def frechet_contributions(features: Tensor, second: FeatureStatistics | Gaussian, *, ddof: int = 1) -> Tensor:
+    """What every sample adds to the Frechet distance, to first order: (N, D) -> (N,) float64 of mean about 0.
+
+    It is the influence function of the distance at the distribution of `features`. With the root B of the second
+    covariance, B S1 B^T = V diag(l) V^T and y = x - m1, it is |y|^2 + 2 (m1 - m2).y - sum_j (v_j.B y)^2 / sqrt(l_j).
+
+    Raises: ValueError as `frechet_distance`, and where the widths differ.
+    """
+    features = check_features(features, least=2).cpu()
+    b = second if isinstance(second, Gaussian) else second.gaussian()
+    if features.shape[1] != len(b.mean):
+        raise ValueError(f"features of one network are needed; got widths {features.shape[1]} and {len(b.mean)}")
+    n, mean = len(features), features.mean(0, dtype=torch.float64)
+    apart = 2 * (mean - b.mean)
+    if n <= features.shape[1]:
+        centred = features.double() - mean
+        u, s, _ = torch.linalg.svd(centred @ b.root.T / math.sqrt(n - ddof), full_matrices=False)
+        transported = u.square() @ s * (n - ddof)
+        result = centred.square().sum(1) + centred @ apart - transported
+    else:
+        scatter = torch.zeros(len(b.root), len(b.root), dtype=torch.float64)
+        for block in features.split(BLOCK):
+            z = (block.double() - mean) @ b.root.T
+            scatter.addmm_(z.T, z)
+        values, vectors = torch.linalg.eigh(scatter / (n - ddof))
+        keep = values > len(values) * torch.finfo(torch.float64).eps * values[-1].clamp_min(1e-300)
+        turned = b.root.T @ (vectors[:, keep] * values[keep].pow(-0.25))  # D R
+        parts = []
+        for block in features.split(BLOCK):
+            centred = block.double() - mean
+            parts.append(centred.square().sum(1) + centred @ apart - (centred @ turned).square().sum(1))
+        result = torch.cat(parts)
+    return result - result.mean()
+
+
 def spatial_features(activations: Tensor, channels: int = 7, layout: Literal["nhwc", "nchw"] = "nhwc") -> Tensor:
     """Activations (N, C, H, W) -> the features (N, H * W * channels) of a spatial distance (sFID).
 

@@ -37,8 +37,8 @@ def parts_of(count: int, splits: int | None, split_size: int | None) -> list[sli
     return [slice(i * count // splits, (i + 1) * count // splits) for i in range(splits)]
 
 
-def score_of(logits: Tensor, eps: float = 0.0) -> float:
-    """(N, classes) -> the score of one part, in the dtype of the logits."""
+def divergences(logits: Tensor, eps: float = 0.0) -> Tensor:
+    """(N, classes) -> KL(p(y|x) || p(y)) of every sample of a part, in the dtype of the logits."""
     log_p = logits.log_softmax(1)
     p = log_p.exp()
     q = p.mean(0)
@@ -46,7 +46,14 @@ def score_of(logits: Tensor, eps: float = 0.0) -> float:
         divergence = p * ((p + eps).log() - (q + eps).log())
     else:
         divergence = p * log_p - torch.special.xlogy(p, q)  # a probability of 0 adds 0
-    return float(divergence.sum(1).mean().clamp_min(0).exp())
+    return divergence.sum(1)
+
+
+class Scored(NamedTuple):
+    """A score and what every sample, in the order given, contributes to it to first order (N,)."""
+
+    score: InceptionScore
+    contributions: Tensor
 
 
 def inception_score(
@@ -70,10 +77,31 @@ def inception_score(
         dtype: of the softmax and the sums of a part.   eps: added inside both logarithms.
     Raises: ValueError for no samples, fewer samples than splits, and logits that are not finite (naming the rows).
     """
+    options = {"splits": splits, "split_size": split_size, "shuffle": shuffle, "dtype": dtype, "eps": eps}
+    return inception_score_with_contributions(logits, **options).score
+
+
+def inception_score_with_contributions(
+    logits: Tensor,
+    *,
+    splits: int | None,
+    split_size: int | None,
+    shuffle: int | None,
+    dtype: torch.dtype,
+    eps: float,
+) -> Scored:
+    """As `inception_score`, with the numbers that a bootstrap resamples."""
     logits = check_features(logits, "logits", least=1)
-    parts = parts_of(len(logits), splits, split_size)
+    count = len(logits)
+    parts = parts_of(count, splits, split_size)
+    order = torch.arange(count)
     if shuffle is not None:
-        order = np.random.RandomState(shuffle).permutation(len(logits))
-        logits = logits[torch.from_numpy(order).to(logits.device)]
-    scores = [score_of(logits[part].to(dtype), eps) for part in parts]
-    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+        order = torch.from_numpy(np.random.RandomState(shuffle).permutation(count))
+    scores, contributions = [], torch.zeros(count, dtype=torch.float64)
+    for part in parts:
+        rows = order[part]
+        divergence = divergences(logits[rows.to(logits.device)].to(dtype), eps)
+        mean = divergence.mean().clamp_min(0)
+        scores.append(float(mean.exp()))
+        contributions[rows] = ((divergence - mean) * mean.exp()).double().cpu() * (count / len(parts) / len(rows))
+    return Scored(InceptionScore(float(np.mean(scores)), float(np.std(scores))), contributions)

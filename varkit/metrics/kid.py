@@ -40,6 +40,11 @@ class Kernel(NamedTuple):
             for b in y.split(block)
         )
 
+    def rows(self, x: Tensor, y: Tensor, block: int = 2048) -> Tensor:
+        """For each row of x, over all rows of y."""
+        return torch.cat([sum((self.gamma * (a @ b.T) + self.coef0).pow(self.degree).sum(1) for b in y.split(block))
+                          for a in x.split(block)])  # type: ignore[misc]  # fmt: skip
+
     def diagonal(self, x: Tensor) -> float:
         """Over the pairs of each row with itself."""
         squares = x.square().sum(1)
@@ -106,3 +111,17 @@ def kernel_distance(
             for a, b in drawn_pairs(len(first), len(second), subsets, subset_size, seed)
         ]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
+
+
+def kernel_contributions(
+    first: Tensor, second: Tensor, *, degree: int = 3, gamma: float | None = None, coef0: float = 1.0, most: int = 5000
+) -> Tensor:
+    """What a sample of the first set adds to the unbiased distance, to first order: (min(N, most),) float64.
+
+    Twice the difference of its mean kernel to the others and to the second set; of the first `most` rows of each.
+    """
+    first, second = check_pair(first, second, ("first features", "second features"), least=2)
+    x, y = first[:most].double(), second[:most].double()
+    kernel = Kernel(degree, 1 / first.shape[1] if gamma is None else gamma, coef0)
+    own = kernel.rows(x, x) - (kernel.gamma * x.square().sum(1) + coef0).pow(degree)
+    return 2 * (own / (len(x) - 1) - kernel.rows(x, y) / len(y)).cpu()

@@ -34,6 +34,21 @@ class PRDC(NamedTuple):
     coverage: float
 
 
+class Memberships(NamedTuple):
+    """Of every sample; their means are precision, recall, density and coverage.
+
+    precision, density: (M,) of generated samples.   recall, coverage: (N,) of real ones.   All float64.
+    """
+
+    precision: Tensor
+    recall: Tensor
+    density: Tensor
+    coverage: Tensor
+
+    def means(self) -> PRDC:
+        return PRDC(*(value.mean().item() for value in self))
+
+
 def distances(a: Tensor, b: Tensor, distance: Distance) -> Tensor:
     """(N, D), (M, D) -> (N, M), never negative."""
     squares = torch.addmm(a.square().sum(1, keepdim=True) + b.square().sum(1), a, b.T, alpha=-2).clamp_min_(0)
@@ -64,7 +79,22 @@ def prdc(
     dtype: torch.dtype = torch.float32,
     block: int = 2048,
 ) -> PRDC:
-    """Precision, recall, density and coverage of generated features beside real ones.
+    """Precision, recall, density and coverage of generated features beside real ones: `memberships`, averaged."""
+    options = {"k": k, "comparison": comparison, "distance": distance, "dtype": dtype, "block": block}
+    return memberships(real, fake, **options).means()  # type: ignore[arg-type]
+
+
+def memberships(
+    real: Tensor,
+    fake: Tensor,
+    *,
+    k: int = 3,
+    comparison: Comparison = "inclusive",
+    distance: Distance = "squared_euclidean",
+    dtype: torch.dtype = torch.float32,
+    block: int = 2048,
+) -> Memberships:
+    """Which sample lies in whose ball.
 
     The defaults are those of the ADM evaluator; the prdc package has `k=5, comparison="strict", distance="euclidean"`.
     The two comparisons differ only in ties: at radius 0 (repeated rows) a strict ball is empty.
@@ -104,9 +134,4 @@ def prdc(
             balls[columns] += in_real.sum(0)
             covered[rows] |= in_real.any(1)
             recalled[rows] |= within(apart, fake_radii[columns]).any(1)
-    return PRDC(
-        precision=(balls > 0).double().mean().item(),
-        recall=recalled.double().mean().item(),
-        density=balls.double().mean().item() / k,
-        coverage=covered.double().mean().item(),
-    )
+    return Memberships((balls > 0).double(), recalled.double(), balls.double() / k, covered.double())

@@ -1,0 +1,159 @@
+"""What can be given to be scored: folders, arrays, data sets, tensors, statistics, models, videos as frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varkit.data.images import DATASETS
+from varkit.metrics.protocol import Protocol
+from varkit.metrics.reference import Reference, holds_images, is_statistics, read_statistics
+from varkit.metrics.sets import ImageSet, Size, stored_set, tensor_set
+from varkit.pictures import to_uint8
+from varkit.pipelines.auto import AutoPipeline, find_folder
+
+
+def open_set(
+    source: Any,
+    protocol: Protocol,
+    *,
+    split: str | None = None,
+    root: str | None = None,
+    size: Size | None = None,
+    fit: str = "none",
+    generated: bool = False,
+) -> ImageSet:
+    """One set of images, opened and looked at.
+
+    Args: size, fit: real images are made this size by this rule.   generated: videos are cut as generated ones are.
+    Raises: FileNotFoundError; ValueError for what is none, or what a score may not be taken of.
+    """
+    if isinstance(source, ImageSet):
+        return source
+    if isinstance(source, Tensor):
+        return tensor_set(source, rule=protocol.images.quantise)
+    if protocol.images.frames:
+        from varkit.metrics.evaluate_videos import frames_as_images
+
+        return frames_as_images(source, protocol, generated=generated)
+    if isinstance(source, str):  # `fashion-mnist:test`
+        name, colon, named = source.rpartition(":")
+        if colon and (name in DATASETS or Path(name).exists()):
+            source, split = name, named
+    return stored_set(source, split=split, root=root if source in DATASETS else None, size=size, fit=fit)
+
+
+def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device, **settings: Any) -> ImageSet:
+    """A model as a set: image i is drawn when it is read, from (seed, i, its class, the settings) alone."""
+    from varkit.pipelines.sample_set import draw, labels_for
+
+    rule = protocol.sampling
+    labels = labels_for(rule.num, pipeline.transformer.num_classes, rule.labels, rule.seed)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def read(indices: Sequence[int]) -> Tensor:
+        wanted = [labels[i] for i in indices]
+        return draw(pipeline, indices, wanted, seed=rule.seed, rule=protocol.images.quantise, **settings).cpu()
+
+    used = {k: v for k, v in pipeline.sampler.settings(**settings).items() if v is not None}
+    return ImageSet(
+        name=name,
+        source=name,
+        kind="model",
+        num=rule.num,
+        size=tuple(pipeline.image_tokenizer.image_size),
+        read=read,
+        hash=lambda: "",
+        labels=torch.tensor(labels),
+        class_names=list(pipeline.labels.values()),
+        settings={"seed": rule.seed, "labels": rule.labels, "quantise": protocol.images.quantise, **used},
+        threads=0,
+    )
+
+
+def reconstructed_set(tokenizer: Any, originals: ImageSet, name: str, rule: str, device: torch.device) -> ImageSet:
+    """Originals through a tokenizer and back, when they are read."""
+    tokenizer.to(device)
+
+    @torch.inference_mode()
+    def read(indices: Sequence[int]) -> Tensor:
+        images = originals.read(indices).to(device).float().div(127.5).sub(1)
+        return to_uint8(tokenizer.decode(tokenizer.encode(images)).float(), rule).cpu()
+
+    return replace(originals, name=name, source=name, kind="reconstructions", read=read, hash=lambda: "", threads=0)
+
+
+def is_model(source: Any) -> bool:
+    """A shipped model or a saved pipeline."""
+    return hasattr(source, "sampler") or (isinstance(source, str | Path) and find_folder(source) is not None)
+
+
+def open_generated(
+    source: Any,
+    protocol: Protocol,
+    device: torch.device,
+    *,
+    guidance: Sequence[float] = (),
+    sampling: dict[str, Any],
+    bounds: str | None = None,
+    root: str | None = None,
+) -> list[ImageSet]:
+    """The sets to be scored; a model gives one for every guidance scale.
+
+    Raises: ValueError for sampler settings without a model to sample, and as `open_set`.
+    """
+    pipeline = None
+    sets: list[ImageSet] = []
+    if is_model(source):
+        pipeline = source if hasattr(source, "sampler") else AutoPipeline.from_pretrained(source)
+        name = type(pipeline).__name__ if pipeline is source else str(source)
+        for w in guidance or (None,):
+            settings = {k: v for k, v in sampling.items() if v is not None} | ({"guidance_scale": w} if w else {})
+            one = model_set(pipeline, name, protocol, device, **settings)
+            sets.append(replace(one, name=f"{name}, guidance {one.settings['guidance_scale']:g}"))
+    elif guidance or any(v is not None for v in sampling.values()):
+        raise ValueError(f"{source} is no model (a shipped name or a pipeline folder): there is nothing to sample")
+    else:
+        many = isinstance(source, list | tuple)
+        sets = [_open_given(one, protocol, root) for one in (source if many else [source])]
+    if bounds is not None:
+        real = open_set(bounds, protocol, root=root, size=sets[0].size, fit=protocol.images.fit)
+        if len(real) > protocol.sampling.num:
+            real = replace(
+                real,
+                num=protocol.sampling.num,
+                labels=None if real.labels is None else real.labels[: protocol.sampling.num],
+            )
+        around = [replace(real, name=f"{bounds}: real images")]
+        if pipeline is not None:
+            rule, text = protocol.images.quantise, f"{bounds}: reconstructions"
+            around.append(reconstructed_set(pipeline.image_tokenizer, real, text, rule, device))
+        sets = around + sets
+    return sets
+
+
+def _open_given(source: Any, protocol: Protocol, root: str | None) -> ImageSet:
+    """A set to be scored. Files must have the right size; real images of a named data set are given it."""
+    named = isinstance(source, str) and source.split(":")[0] in DATASETS and len(protocol.images.sizes) == 1
+    fitting = {"size": protocol.images.sizes[0], "fit": protocol.images.fit} if named else {}
+    return open_set(source, protocol, generated=True, root=root, **fitting)
+
+
+def open_reference(
+    source: Any, protocol: Protocol, *, size: Size, split: str | None = None, root: str | None = None
+) -> ImageSet | Reference:
+    """A set of real images, or a file of statistics. Raises: as `open_set` and `read_statistics`."""
+    if isinstance(source, Reference):
+        return source
+    if isinstance(source, str | Path) and is_statistics(Path(source)):
+        found = read_statistics(Path(source))
+        if holds_images(Path(source)):  # as the ADM evaluator has them, for precision and recall
+            found.images = stored_set(source)
+        return found
+    return open_set(source, protocol, split=split, root=root, size=size, fit=protocol.images.fit)

@@ -60,7 +60,7 @@ class Collected:
         self.pictures |= other.pictures
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def collect(
     network: Network,
     images: ImageSet,

@@ -44,17 +44,9 @@ def bootstrap_interval(
     size = len(c) if count is None else count
     means = np.array([c[stream.integers(0, len(c), size)].mean() for _ in range(resamples)])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value + min(low, 0.0), value + max(high, 0.0))
+    return Interval(value + min(float(low), 0.0), value + max(float(high), 0.0))
 
 
 def standard_error(contributions: Tensor) -> float:
     """Of a score, from its contributions (N,)."""
     return float(contributions.double().std() / len(contributions) ** 0.5)
-
-
-def mean_interval(values: Tensor, **options: float) -> tuple[float, Interval]:
-    """The mean of (N,) and its interval; infinite values (the PSNR of equal images) have no interval."""
-    value = float(values.double().mean())
-    if not torch.isfinite(values).all():
-        return value, Interval(value, value)
-    return value, bootstrap_interval(value, values, **options)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": GROUND,
     "checkpoints": MODELS,
     "pipelines": MODELS | {"checkpoints", "data"},
-    "metrics": MODELS | {"checkpoints", "data", "pipelines"},
+    "metrics": MODELS | {"checkpoints", "data", "pipelines", ""},
     "training": MODELS | {"checkpoints", "data", "pipelines", "metrics"},
     "checkpoints.convert": MODELS | {"checkpoints", "pipelines"},  # writes pipeline folders
     "catalog": FILES_AROUND | {"training"},

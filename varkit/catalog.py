@@ -1,4 +1,4 @@
-"""What there is to use: shipped models, released checkpoints, architectures, recipes."""
+"""What there is to use: shipped models, released checkpoints, architectures, recipes, protocols of evaluation."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def _recipe_summary(path: Path) -> str:
 
 def catalog(pattern: str = "*") -> dict[str, dict[str, str]]:
     """Section -> name -> one line, for names that match a shell pattern."""
+    from varkit.metrics.protocol import shipped_protocols
     from varkit.pipelines.auto import zoo_models
     from varkit.training.recipe import shipped_recipes
 
@@ -30,6 +31,7 @@ def catalog(pattern: str = "*") -> dict[str, dict[str, str]]:
         },
         "architectures": {n: registry.model_entry(n).summary for n in registry.list_models()},
         "recipes": {n: _recipe_summary(p) for n, p in shipped_recipes().items()},
+        "protocols": {n: _recipe_summary(p) for n, p in shipped_protocols().items()},
     }
     return {
         section: {n: text for n, text in entries.items() if fnmatch.fnmatch(n, pattern)}
@@ -49,6 +51,7 @@ def describe(name: str) -> dict[str, Any]:
     """Facts about one name. Raises ValueError naming the nearest when there is none of it."""
     import torch
 
+    from varkit.metrics.protocol import load_protocol, shipped_protocols
     from varkit.pipelines.auto import AutoPipeline, find_folder
     from varkit.training.recipe import load_recipe, recipe_values, shipped_recipes
 
@@ -77,5 +80,9 @@ def describe(name: str) -> dict[str, Any]:
     if name in recipes:
         values = recipe_values(load_recipe(name))
         return {"name": name, "kind": "recipe", **{k: json.dumps(v) for k, v in values.items() if k != "name"}}
+    if name in shipped_protocols():
+        rules = load_protocol(name).to_dict()
+        shown = {k: json.dumps(v) for k, v in rules.items() if k not in ("name", "kind")}
+        return {"name": name, "kind": "protocol", "scores": rules["kind"], **shown}
     names = [n for section in catalog().values() for n in section]
     raise ValueError(f"nothing is called {name!r}{nearest(name, names)}; `varkit list` shows every name")

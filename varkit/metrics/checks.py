@@ -93,4 +93,4 @@ def check_statistics(reference: Reference, protocol: Protocol, network: FeatureN
 
 
 def _by(images: ImageSet) -> str:
-    return f"{images.size[0]}x{images.size[1]}"
+    return "x".join(map(str, images.size))

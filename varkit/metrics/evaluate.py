@@ -30,7 +30,7 @@ from varkit.metrics.reference import Reference, reference_of, statistics_setting
 from varkit.metrics.report import Report, Result
 from varkit.metrics.scores import NEED_FEATURES, Context, Scored, score
 from varkit.metrics.sets import ImageSet
-from varkit.metrics.sources import open_generated, open_reference
+from varkit.metrics.sources import open_generated, open_reference, open_set
 from varkit.pictures import grid, to_pil
 from varkit.pipelines.auto import best_device
 
@@ -137,7 +137,7 @@ def evaluate_images(
 ) -> Report:
     """As `evaluate`, for a protocol of images."""
     where = options.where
-    network = open_network(protocol.network, options.weights, where, download=options.download)
+    network = open_network(protocol, options.weights, where, download=options.download)
     judge = open_classifier(classifier, network, protocol, where)
     sets = open_generated(generated, protocol, where, guidance=guidance, sampling=sampling, bounds=bounds, root=root)
     real = open_reference(reference, protocol, size=sets[0].size, split=split, root=root)
@@ -162,6 +162,41 @@ def evaluate_images(
     if unlabelled:
         report.warnings.append(f"no accuracy: no labels in {', '.join(unlabelled)}")
     return report
+
+
+def prepare(
+    source: Any,
+    protocol: str | Path,
+    out: Path,
+    options: Options,
+    *,
+    split: str | None = None,
+    root: str | None = None,
+    size: int | None = None,
+    fit: str | None = None,
+) -> int:
+    """Write the statistics of a set of real images or videos to `out`. Returns how many there were.
+
+    Args: size, fit: images are made this square size by this rule (`center`, unless the protocol has one).
+    Raises: ValueError and FileNotFoundError as `evaluate`.
+    """
+    if out.suffix != ".npz":
+        raise ValueError(f"--out {out} must end in .npz")
+    rules = load_protocol(protocol)
+    network = open_network(rules, options.weights, options.where, download=options.download)
+    if rules.kind == "videos":
+        from varkit.metrics.evaluate_videos import prepare_videos
+
+        return prepare_videos(source, rules, network, options, out)
+    sizes = rules.images.sizes
+    wanted = (size, size) if size else (sizes[0] if len(sizes) == 1 else None)
+    rule = fit or (rules.images.fit if rules.images.fit != "none" or wanted is None else "center")
+    if wanted is None and rule != "none":
+        raise ValueError(f"fit {rule} needs a size (--size)")
+    images = open_set(source, rules, split=split, root=root, size=wanted, fit=rule)
+    outputs = ["features", "spatial"] if network.name == "inception" else ["features"]
+    found = reference_of(images, rules, network, statistics=outputs, write_to=out, cache=False, **options.running)
+    return int(found.num or 0)
 
 
 def new_report(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varkit.checkpoints.files import read_state_dict
 from varkit.metrics.classifier import ImageClassifier
-from varkit.metrics.protocol import METRICS, NetworkRule, Protocol
+from varkit.metrics.protocol import METRICS, Protocol
 from varkit.metrics.weights import KNOWN, file_hash, find_weights
 
 FRECHET_NAMES = {"dinov2-vitl14": "FDD", "dinov2-vitb14": "FDD(ViT-B/14)", "clip-vit-b32": "CLIP-FID"} | {
@@ -74,13 +74,14 @@ class FeatureNetwork:
 
 
 def open_network(
-    rule: NetworkRule, weights: str | Path | None, device: torch.device, *, download: bool = False
+    protocol: Protocol, weights: str | Path | None, device: torch.device, *, download: bool = False
 ) -> FeatureNetwork:
     """Find the weights and build the network.
 
     Args: weights: the file, or its folder; for `classifier` and CLIP the model's folder. None: the usual places.
-    Raises: FileNotFoundError naming the missing file; ImportError naming the extra; ValueError where weights do not fit.
+    Raises: FileNotFoundError naming the missing file; ImportError naming the extra; ValueError where they do not fit.
     """
+    rule = protocol.network
     if rule.name == "classifier":
         return classifier_network(weights, device)
     if rule.name == "effnet-lite0":
@@ -92,30 +93,51 @@ def open_network(
     spec = KNOWN[rule.name]
     known = not spec.sha256 or digest.startswith(spec.sha256)
     what = spec.what if known else f"{spec.what}: architecture only, {path.name} is not the released file"
-    run = BUILDERS[rule.name](state, rule, device)
+    run = BUILDERS[rule.name](state, protocol, device)
     return FeatureNetwork(rule.name, what, digest, run, released=known, dim=DIMS[rule.name])
 
 
-def _inception(state: dict[str, Tensor], rule: NetworkRule, device: torch.device) -> Any:
+def _inception(state: dict[str, Tensor], protocol: Protocol, device: torch.device) -> Any:
     from varkit.config import to_dict
     from varkit.metrics.inception import InceptionFeatures, InceptionV3
 
+    rule = protocol.network
     network = InceptionV3.from_official(state)
     features = InceptionFeatures(network, resize=to_dict(rule.resize), scaling=rule.scaling, dtype=rule.dtype)
     return features.to(device)
 
 
-def _dinov2(state: dict[str, Tensor], rule: NetworkRule, device: torch.device) -> Any:
+def _dinov2(state: dict[str, Tensor], protocol: Protocol, device: torch.device) -> Any:
     from varkit.metrics.image_networks import DINOv2
 
-    return DINOv2(rule.name.removeprefix("dinov2-"), state).to(device)
+    return DINOv2(protocol.network.name.removeprefix("dinov2-"), state).to(device)
+
+
+def _i3d(state: dict[str, Tensor], protocol: Protocol, device: torch.device) -> Any:
+    from varkit.metrics.fvd import I3DFeatures
+    from varkit.metrics.i3d import I3D
+
+    rule = protocol.clips
+    network = I3D.from_official(state, norm_eps=rule.norm_eps).to(device)
+    features = I3DFeatures(network, method=rule.method)
+    return lambda clips, outputs: features(clips)
+
+
+def _videomae(state: dict[str, Tensor], protocol: Protocol, device: torch.device) -> Any:
+    from varkit.metrics.fvd import VideoMAEFeatures
+    from varkit.metrics.videomae import VideoMAE
+
+    features = VideoMAEFeatures(VideoMAE.from_official(state).to(device), method=protocol.clips.method)
+    return lambda clips, outputs: features(clips)
 
 
 DIMS = {"inception": 2048, "dinov2-vitl14": 1024, "dinov2-vitb14": 768, "i3d": 400, "videomae": 1408}
-BUILDERS: dict[str, Callable[[dict[str, Tensor], NetworkRule, torch.device], Any]] = {
+BUILDERS: dict[str, Callable[[dict[str, Tensor], Protocol, torch.device], Any]] = {
     "inception": _inception,
     "dinov2-vitl14": _dinov2,
     "dinov2-vitb14": _dinov2,
+    "i3d": _i3d,
+    "videomae": _videomae,
 }
 
 

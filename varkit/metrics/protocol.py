@@ -152,6 +152,7 @@ class ClipRules:
     start_generated: Literal["first", "random"] = "first"
     short: Literal["refuse", "skip"] = "refuse"
     seed: int = 0
+    real: int | None = None  # real videos, drawn at random where there are more; None: all
     load_size: int | None = None  # shorter side to this and centre crop, when read; None: as stored
     method: Literal["direct", "short_side_crop"] = "direct"  # to the network's size
     quantise: Literal["none", "truncate"] = "none"

@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, SupportsFloat
 
 from PIL import Image
 
@@ -75,6 +75,7 @@ class Result:
     size: (H, W), or (T, H, W).   settings: how the set was made, where that is known.
     tables: title -> rows of equal keys, such as the use of a codebook, scale by scale.
     pictures: title -> picture, for the HTML page.
+    bound: not to be beaten but to be measured by: real images, reconstructions.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Result:
     per_class: PerClass | None = None
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     pictures: dict[str, Image.Image] = field(default_factory=dict)
+    bound: bool = False
 
     def score(self, name: str) -> Score:
         """Raises KeyError naming the scores there are."""
@@ -117,7 +119,7 @@ class Report:
     @property
     def fingerprint(self) -> str:
         """16 hex digits; equal where every number was obtained in the same way."""
-        text = json.dumps(self._basis(), sort_keys=True)
+        text = json.dumps(_finite(self._basis()), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def _basis(self) -> dict[str, Any]:
@@ -125,7 +127,7 @@ class Report:
         return {"protocol": self.protocol, "networks": self.networks, "reference": reference}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is not finite becomes None, as JSON has no name for it."""
+        """Plain data that JSON holds."""
         data = {"format": FORMAT, "fingerprint": self.fingerprint}
         data |= {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "results"}
         data["results"] = [
@@ -136,24 +138,27 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Raises: ValueError for something that is no report of this format."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise ValueError(f"no evaluation report of format {FORMAT}, as `varkit eval --json` writes it")
+        """Raises: ValueError for something that is no report of this format, or whose protocol was changed since."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("protocol"), dict):
+            raise ValueError(f"no evaluation report of format {FORMAT}, as `varkit eval --out` writes it")
         results = []
         for entry in data["results"]:
             per_class = entry.get("per_class")
             if per_class is not None:
-                values = [math.nan if v is None else v for v in per_class["values"]]
-                per_class = PerClass(**{**per_class, "values": values})
-            scores = [Score(**{**s, "value": math.nan if s["value"] is None else s["value"]}) for s in entry["scores"]]
-            curves = [Curve(**c) for c in entry["curves"]]
+                per_class = PerClass(**{**per_class, "values": [_number(v) for v in per_class["values"]]})
+            scores = [Score(**{**s, "value": _number(s["value"])}) for s in entry["scores"]]
+            curves = [Curve(**{**c, "values": [_number(v) for v in c["values"]]}) for c in entry["curves"]]
             changed = {"size": tuple(entry["size"]), "scores": scores, "curves": curves, "per_class": per_class}
             results.append(Result(**{**entry, **changed}))
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{**{k: v for k, v in data.items() if k in known}, "results": results})
+        report = cls(**{**{k: v for k, v in data.items() if k in known}, "results": results})
+        if report.fingerprint != data.get("fingerprint", report.fingerprint):
+            raise ValueError("its protocol, networks or reference were changed after it was written")
+        return report
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """As JSON, atomically."""
+        path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         part.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -164,7 +169,9 @@ class Report:
         """Raises: FileNotFoundError; ValueError, naming the file, where it is no report."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} is no whole report: {error} is missing") from None
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
     def lines(self) -> list[str]:
@@ -203,27 +210,42 @@ def join(reports: Sequence[Report]) -> Report:
             found = "; ".join(differences(first._basis(), other._basis())[:6])
             raise ValueError(f"these reports do not compare: {found}. Score both sets under one protocol.")
     warnings = list(dict.fromkeys(w for report in reports for w in report.warnings))
+    keys = dict.fromkeys(k for report in reports for k in report.environment)
+    seen = {k: list(dict.fromkeys(str(report.environment.get(k, "?")) for report in reports)) for k in keys}
+    environment = {k: ", ".join(values) for k, values in seen.items()}
     results = [result for report in reports for result in report.results]
-    return dataclasses.replace(first, results=results, warnings=warnings)
+    return dataclasses.replace(first, results=results, warnings=warnings, environment=environment)
 
 
 def differences(first: Any, second: Any, where: str = "") -> list[str]:
     """`protocol.num is 50000 and 10000`, for each leaf that differs."""
+    first, second = _finite(first), _finite(second)
     if isinstance(first, dict) and isinstance(second, dict):
-        keys = list(dict.fromkeys([*first, *second]))
-        return [d for k in keys for d in differences(first.get(k), second.get(k), f"{where}.{k}" if where else str(k))]
+        found = []
+        for key in dict.fromkeys([*first, *second]):
+            name = f"{where}.{key}" if where else str(key)
+            if key in first and key in second:
+                found += differences(first[key], second[key], name)
+            else:
+                there = first if key in first else second
+                found.append(f"{name} is {there[key]} in one of them only")
+        return found
     return [] if first == second else [f"{where} is {first} and {second}"]
 
 
 def number(value: float) -> str:
-    """Four significant digits, never an exponent for what people compare."""
+    """Four significant digits; an exponent only below a hundred thousandth."""
     if not math.isfinite(value):
-        return str(value)
-    digits = 3 if value == 0 else max(0, min(6, 3 - math.floor(math.log10(abs(value)))))
+        return str(float(value))
+    if 0 < abs(value) < 1e-5:
+        return f"{value:.3e}"
+    digits = 3 if value == 0 else max(0, 3 - math.floor(math.log10(abs(float(f"{value:.4g}")))))
     return f"{value:.{digits}f}"
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
     return number(value) if isinstance(value, float) else str(value)
 
 
@@ -234,8 +256,18 @@ def _plain(value: Any) -> Any:
 
 
 def _finite(value: Any) -> Any:
+    """What JSON holds: lists for tuples, None for NaN, `inf` and `-inf` as words, text for paths."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {str(k): _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, (bool, str, int, type(None))):
+        return value
+    if isinstance(value, SupportsFloat):
+        value = float(value)
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    return str(value)
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)

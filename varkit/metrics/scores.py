@@ -55,11 +55,12 @@ class Context:
     classifier: str = ""
     class_names: list[str] = field(default_factory=list)
     texts: Tensor | None = None
+    noun: str = "images"
 
     @property
     def counts(self) -> str:
         real = "an unknown number of" if self.reference.num is None else f"{self.reference.num:,}"
-        return f"{self.made.num:,} against {real} images"
+        return f"{self.made.num:,} against {real} {self.noun}"
 
     def interval(
         self, value: float, contributions: Tensor, count: int | None = None
@@ -135,7 +136,7 @@ def _kernel(c: Context, out: Scored) -> None:
     made = c.made.rows["features"]
     distance = kernel_distance(made, c.real, subsets=rule.subsets, subset_size=rule.subset_size, seed=rule.seed)
     low, high = c.interval(distance.mean, kernel_contributions(made, c.real), count=len(made))
-    how = f"{len(made):,} against {len(c.real):,} images"
+    how = f"{len(made):,} against {len(c.real):,} {c.noun}"
     if rule.subsets is not None:
         how += f", {rule.subsets} subsets of {rule.subset_size:,} (seed {rule.seed}), deviation {distance.std:.2g}"
     out.scores.append(Score("kernel", c.titles["kernel"], distance.mean, low, high, "lower", how))

@@ -29,15 +29,17 @@ CHUNK = 32
 SHOWN = 5
 """Files that an error names."""
 
-Size = tuple[int, int]
+Size = tuple[int, ...]
+"""(height, width) of images, (frames, height, width) of clips."""
 
 
 @dataclass
 class ImageSet:
-    """N images of one size.
+    """N images of one size, or N clips.
 
-    read(indices) -> uint8 (B, 3, H, W).   hash() -> 32 hex digits of the content.   labels: (N,) int64 or None.
-    channels: 1 where every image is stored grey, else 3.   settings: how the set was made, where that is known.
+    read(indices) -> uint8 (B, 3, H, W), or clips (B, T, H, W, 3).   hash() -> 32 hex digits of the content.
+    labels: (N,) int64 or None.   channels: 1 where every image is stored grey, else 3.
+    settings: how the set was made, where that is known.
     """
 
     name: str
@@ -52,7 +54,8 @@ class ImageSet:
     class_names: list[str] = field(default_factory=list)
     texts: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    threads: int = THREADS
+    threads: int = THREADS  # that read ahead; 0: read where it is asked for
+    chunk: int = CHUNK  # images that one of them reads at a time
     title: Callable[[int], str] = "image {}".format  # what an error calls an image
 
     def __len__(self) -> int:
@@ -64,8 +67,8 @@ class ImageSet:
             for first in range(0, len(indices), batch_size):
                 yield self.read(indices[first : first + batch_size])
             return
-        chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
-        ahead = 3 * -(-batch_size // CHUNK)
+        chunks = [indices[i : i + self.chunk] for i in range(0, len(indices), self.chunk)]
+        ahead = 3 * -(-batch_size // self.chunk)
         held: list[Tensor] = []
         with ThreadPoolExecutor(self.threads) as pool:
             waiting: list[Future[Tensor]] = [pool.submit(self.read, c) for c in chunks[:ahead]]

@@ -81,7 +81,7 @@ def reconstructed_set(tokenizer: Any, originals: ImageSet, name: str, rule: str,
     """Originals through a tokenizer and back, when they are read."""
     tokenizer.to(device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(indices: Sequence[int]) -> Tensor:
         images = originals.read(indices).to(device).float().div(127.5).sub(1)
         return to_uint8(tokenizer.decode(tokenizer.encode(images)).float(), rule).cpu()

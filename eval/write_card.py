@@ -1,7 +1,10 @@
 """Turn three finished runs into a model folder with its card: how varkit/zoo/fashion-var was made.
 
-python eval/judge_generator.py runs/fashion_var/model --classifier runs/fashion_classifier/model --json judged.json
-python eval/write_card.py judged.json --out varkit/zoo/fashion-var --machine "two CPU cores"
+varkit eval runs/fashion_var/model fashion-mnist -p fashion --weights runs/fashion_classifier/model \\
+    --guidance 1,1.5,2,2.5,3 --bounds fashion-mnist:test --out generation.json
+varkit eval runs/fashion_var/model fashion-mnist -p fashion-rec --weights runs/fashion_classifier/model \\
+    --out reconstruction.json
+python eval/write_card.py generation.json reconstruction.json --out varkit/zoo/fashion-var --machine "two CPU cores"
 """
 
 from pathlib import Path
@@ -12,6 +15,8 @@ import typer
 INTRODUCTION = """Class-conditional images of Fashion-MNIST (padded to 32x32) by next-scale prediction: the VAR of
 arXiv 2404.02905 with its multi-scale VQ tokenizer, small enough to be trained and sampled on a CPU. It is varkit's
 worked example: the recipes that made it ship with the package."""
+
+COMMAND = """varkit eval fashion-var fashion-mnist -p fashion --guidance 1,1.5,2,2.5,3 --bounds fashion-mnist:test"""
 
 LIMITS = """- A toy: it draws 28x28 grey garments and nothing else, for demonstration, tests and teaching.
 - The tokenizer smooths fine texture (prints, laces, plaids); the samples inherit that.
@@ -24,7 +29,8 @@ LIMITS = """- A toy: it draws 28x28 grey garments and nothing else, for demonstr
 
 
 def main(
-    judged: Annotated[Path, typer.Argument(help="The JSON of eval/judge_generator.py.")],
+    generation: Annotated[Path, typer.Argument(help="The report of `varkit eval --out` on the model.")],
+    reconstruction: Annotated[Path, typer.Argument(help="The same on its tokenizer.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     machine: Annotated[str, typer.Option(help="What the runs were made on.")],
     tokenizer_run: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/fashion_vq"),
@@ -39,12 +45,14 @@ def main(
         tokenizer_run,
         generator_run,
         classifier_run,
-        judged,
+        generation,
+        reconstruction,
         out,
         title=title,
         machine=machine,
         introduction=INTRODUCTION,
         limits=LIMITS,
+        command=COMMAND,
     )
     typer.echo(f"wrote {out}/README.md")
 

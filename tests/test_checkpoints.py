@@ -27,7 +27,7 @@ from varkit.generators.var import VAR
 from varkit.layout import TokenLayout, square_grids
 from varkit.tokenizers.multiscale_vq import SCALES_256, SCALES_1024, MultiScaleVQ
 
-MANIFESTS = sorted((Path(__file__).parent / "checkpoints").glob("*.json"))
+MANIFESTS = sorted((Path(__file__).parent / "checkpoints").glob("var-*.json"))
 DTYPES = {"lvl_1L": torch.int64}
 
 

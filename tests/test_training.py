@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -934,30 +935,39 @@ def test_a_classifier_needs_two_classes() -> None:
 
 def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the curves")
-    from varkit.metrics.judge import judge, table
+    from varkit.metrics.evaluate import evaluate
+    from varkit.metrics.report import Report
     from varkit.training.card import write_card
 
-    data = open_images(SLICE, transform=ImageTransform(SIDE, mode="squash"))
     pipeline = AutoPipeline.from_pretrained(runs["generator"].folder / "model")
-    pipeline.set_progress_bar_config(disable=True)
-    judge_net = ImageClassifier.from_pretrained(runs["classifier"].folder / "model").eval()
-    result = judge(pipeline, judge_net, data, data, num=40, guidances=[1.0, 2.0])
-    (tmp_path / "judged.json").write_text(json.dumps(result))
+    changes = [f"images.sizes=[[{SIDE}, {SIDE}]]", "images.fit=squash", "interval.resamples=10", "manifold.real=50"]
+    options = {"num": 40, "overrides": changes, "weights": runs["classifier"].folder / "model", "cache": False}
+    some = torch.from_numpy(np.load(SLICE)["arr_0"][::7][:40]).permute(0, 3, 1, 2).expand(-1, 3, -1, -1).float()
+    images = F.interpolate(some, (SIDE, SIDE)).to(torch.uint8)
+    made = evaluate(pipeline, images, protocol="fashion", metrics=["frechet", "recall"], guidance=[1, 2], **options)
+    back = evaluate(pipeline, images, protocol="fashion-rec", metrics=["frechet", "psnr", "codebook"], **options)
+    made.write(tmp_path / "generation.json")
+    back.write(tmp_path / "reconstruction.json")
     write_card(
         *(runs[name].folder for name in ("tokenizer", "generator", "classifier")),
-        tmp_path / "judged.json",
+        tmp_path / "generation.json",
+        tmp_path / "reconstruction.json",
         tmp_path / "ship",
         title="tiny-var",
         machine="a test machine",
         introduction="An introduction.",
         limits="- A limit.",
+        command="varkit eval tiny",
         data=str(SLICE),
         split="train",
         mode="squash",
     )
     card = (tmp_path / "ship" / "README.md").read_text()
-    for words in ("# tiny-var", "library_name: varkit", table(result), "a test machine", "--num 40", "6 of 8"):
+    score = made.results[1].score("frechet")
+    shown = ("# tiny-var", "library_name: varkit", "a test machine", "varkit eval tiny", "6 of 8", made.fingerprint)
+    for words in (*shown, score.text().replace(" [", "<br>["), score.how, back.results[0].score("psnr").text()[:5]):
         assert words in card
+    assert Report.read(tmp_path / "ship" / "card" / "generation.json").to_dict() == made.to_dict()
     for picture in ("samples", "reconstructions", "curves"):
         assert Image.open(tmp_path / "ship" / "card" / f"{picture}.png").width > 10
     again = AutoPipeline.from_pretrained(tmp_path / "ship")

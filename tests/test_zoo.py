@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +14,12 @@ from PIL import Image
 
 from varkit import AutoPipeline, Rng
 from varkit.data.images import ImageTransform, open_images
-from varkit.metrics.classifier import Agreement, ImageClassifier
-from varkit.metrics.judge import table
+from varkit.metrics.classifier import ImageClassifier
+from varkit.metrics.evaluate import evaluate
 from varkit.metrics.reconstruction import psnr
+from varkit.metrics.report import Report
 from varkit.pipelines.auto import ZOO, zoo_models
+from varkit.training.card import score_table
 
 SLICE = Path(__file__).parent / "data" / "fashion_slice.npz"
 FOLDER = ZOO / "fashion-var"
@@ -58,9 +59,19 @@ def test_it_opens_in_a_fresh_interpreter(opener: str) -> None:
     assert done.returncode == 0 and "(32, 32)" in done.stdout, done.stderr
 
 
+def agreement(classifier: ImageClassifier, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Share of images that the classifier puts in the class they were made for."""
+    with torch.no_grad():
+        return (classifier(images).argmax(1) == labels).float().mean().item()
+
+
 def test_its_card_says_what_was_measured() -> None:
-    card, judged = (FOLDER / "README.md").read_text(), json.loads((FOLDER / "card" / "judged.json").read_text())
-    assert table(judged) in card and judged["protocol"] in card
+    card, report = (FOLDER / "README.md").read_text(), Report.read(FOLDER / "card" / "generation.json")
+    back = Report.read(FOLDER / "card" / "reconstruction.json")
+    assert score_table(report) in card and report.fingerprint in card
+    assert score_table(back) in card and back.fingerprint in card
+    assert report.protocol["name"] == "fashion" and report.protocol["sampling"]["num"] == 10000
+    assert set(report.protocol["metrics"]) <= {s.name for s in report.results[-1].scores}
     for words in ("library_name: varkit", "license:", "`varkit train fashion_var`", "## Limits", "Machine:"):
         assert words in card
     for picture in ("samples", "reconstructions", "curves"):
@@ -68,9 +79,7 @@ def test_its_card_says_what_was_measured() -> None:
 
 
 def test_the_classifier_knows_held_out_garments(classifier: ImageClassifier, real: dict[str, torch.Tensor]) -> None:
-    agreement = Agreement(classifier)
-    agreement.update(real["images"], real["labels"])
-    assert agreement.compute()["agreement"] > 0.88
+    assert agreement(classifier, real["images"], real["labels"]) > 0.88
 
 
 def test_the_tokenizer_gives_images_back(pipe: Any, real: dict[str, torch.Tensor]) -> None:
@@ -85,9 +94,7 @@ def test_the_tokenizer_gives_images_back(pipe: Any, real: dict[str, torch.Tensor
 def test_samples_are_of_the_class_that_was_asked_for(pipe: Any, classifier: ImageClassifier) -> None:
     labels = [i % 10 for i in range(200)]
     images = pipe(class_labels=labels, rng=Rng.from_seed(1, 200), output_type="pt").images * 2 - 1
-    agreement = Agreement(classifier)
-    agreement.update(images, torch.tensor(labels))
-    assert agreement.compute()["agreement"] > 0.9
+    assert agreement(classifier, images, torch.tensor(labels)) > 0.9
     assert len(images.unique(dim=0)) == 200
 
 
@@ -114,13 +121,21 @@ def test_an_edit_keeps_what_was_not_redrawn(pipe: Any, real: dict[str, torch.Ten
 
 
 @pytest.mark.slow
-def test_agreement_is_what_the_card_says(pipe: Any, classifier: ImageClassifier) -> None:
-    """The judge's own sampling, at each guidance scale of the card, other seeds: within four standard errors."""
-    from varkit.metrics.judge import sampled, statistics
-
-    judged = json.loads((FOLDER / "card" / "judged.json").read_text())
-    for row in judged["samples"]:
-        number, expected = 1000, row["agreement"]
-        _, agreement = statistics(classifier, sampled(pipe, number, 9, guidance_scale=row["guidance_scale"]))
-        error = 4 * (expected * (1 - expected) * (1 / number + 1 / judged["num"])) ** 0.5
-        assert abs(float(agreement.compute()["agreement"]) - expected) < error
+def test_scores_are_what_the_card_says() -> None:
+    """Sampled again under the card's protocol, fewer images of another seed: accuracy within four standard errors."""
+    recorded = Report.read(FOLDER / "card" / "generation.json")
+    rows = [r for r in recorded.results if not r.bound]
+    scales, number = [r.settings["guidance_scale"] for r in rows], 1000
+    again = evaluate(
+        "fashion-var",
+        SLICE,
+        protocol="fashion",
+        num=number,
+        metrics=["accuracy"],
+        overrides=["sampling.seed=9"],
+        guidance=scales,
+    )
+    for row, result in zip(rows, again.results, strict=True):
+        expected = row.score("accuracy").value
+        error = 4 * (expected * (1 - expected) * (1 / number + 1 / row.num)) ** 0.5
+        assert abs(result.score("accuracy").value - expected) < error

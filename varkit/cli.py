@@ -171,17 +171,20 @@ def reconstruct(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Send images through a tokenizer and back; report PSNR and the use of the codebook, scale by scale."""
+    """Send images through a tokenizer and back; report PSNR, SSIM and the use of the codebook, scale by scale."""
     from varkit.metrics.reconstruction import reconstruct_folder
 
     result = reconstruct_folder(name, images, out, num=num, mode=mode, split=split, root=root, device=device)
     if as_json:
         typer.echo(json.dumps(result))
         return
-    typer.echo(f"{result['images']} images: PSNR {result['psnr']:.2f} dB")
-    for row in result["scales"]:
+    further = {"ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips_alex": "LPIPS (alex)"}
+    measured = [f"{title} {result[key]:.4f}" for key, title in further.items() if key in result]
+    typer.echo(", ".join([f"{result['images']} images: PSNR {result['psnr']:.2f} dB", *measured]))
+    for row in result.get("scales", []):
         typer.echo(f"  scale {row['grid']:>6}: {row['used']} codes used, perplexity {row['perplexity']:.1f}")
-    typer.echo(f"  all scales  : {result['used']} of {result['codebook']} codes used ({result['used_share']:.1%})")
+    if "used" in result:
+        typer.echo(f"  all scales  : {result['used']} of {result['codebook']} codes used ({result['used_share']:.1%})")
     typer.echo(f"wrote {out}/originals.png, reconstructions.png, metrics.json")
 
 

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -15,11 +15,48 @@ from torch import Tensor
 
 METADATA_KEY = "varkit"
 
+UInt8Rule = Literal["round", "llamagen", "mar", "titok_sample", "titok_eval", "adm", "var", "save_image"]
+
+
+def to_uint8(images: Tensor, rule: UInt8Rule = "round") -> Tensor:
+    """Floats in [-1, 1] of any shape -> uint8 of that shape; values outside are clamped. Computed in float32.
+
+    Args:
+        rule: `round` takes the nearest level, halves up. The others are what released code does, to the last bit:
+            `llamagen` truncates 127.5 x + 128, `save_image` (torchvision) (x + 1) / 2 * 255 + 0.5; `mar` (MAR, xAR,
+            FlowAR) and `titok_eval` round halves to even; `adm`, `var` and `titok_sample` truncate, which darkens by
+            half a level on average.
+    Raises: ValueError for another rule, or images that are not floats.
+    Source: FoundationVision/LlamaGen, LTH14/mar, bytedance/1d-tokenizer, openai/guided-diffusion, FoundationVision/VAR,
+        pytorch/vision: where each writes its samples.
+    """
+    if rule not in get_args(UInt8Rule):
+        raise ValueError(f"rule must be one of {', '.join(get_args(UInt8Rule))}; got {rule!r}")
+    if not images.is_floating_point():
+        raise ValueError(f"images must be floats in [-1, 1]; got {images.dtype}")
+    x = images.detach().float()
+    if rule == "llamagen":
+        levels = (127.5 * x + 128).clamp(0, 255)
+    elif rule == "mar":
+        levels = ((x + 1) / 2 * 255).clamp(0, 255).round()
+    elif rule == "titok_eval":
+        levels = (((x + 1) / 2).clamp(0, 1) * 255).round()
+    elif rule == "titok_sample":
+        levels = ((x + 1) / 2).clamp(0, 1) * 255
+    elif rule == "adm":
+        levels = ((x + 1) * 127.5).clamp(0, 255)
+    elif rule == "var":
+        levels = (x * 0.5 + 0.5).clamp(0, 1) * 255
+    elif rule == "save_image":
+        levels = ((x + 1) / 2 * 255 + 0.5).clamp(0, 255)
+    else:
+        levels = ((x.clamp(-1, 1) + 1) / 2 * 255 + 0.5).floor()
+    return levels.byte()  # truncates
+
 
 def to_pil(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] -> PIL images; values outside are clamped."""
-    array = images.detach().float().cpu().clamp(-1, 1).add(1).mul(127.5).round()
-    return [Image.fromarray(a) for a in array.byte().permute(0, 2, 3, 1).numpy()]
+    return [Image.fromarray(a) for a in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def grid(images: Sequence[Image.Image], columns: int, zoom: int = 1) -> Image.Image:

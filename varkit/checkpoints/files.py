@@ -34,8 +34,8 @@ def read_state_dict(path: str | Path) -> StateDict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
     for key in ("model", "module", "state_dict", "trainer"):  # wrappers that training scripts put around the weights
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from varkit.data.npz import map_npz
+
 log = logging.getLogger("varkit.data")
 
 PixelArray = npt.NDArray[np.uint8]
@@ -42,7 +44,7 @@ _PREFIXES = {"train": ("train",), "test": ("t10k", "test")}
 def read_array(path: Path) -> tuple[PixelArray, LabelArray | None]:
     """A .npz in ADM layout (arr_0 images, optional arr_1 labels) or a .npy of images.
 
-    Returns: uint8 (N, h, w, 3), (N, h, w, 1) or (N, h, w), memory-mapped if .npy; int64 (N,)
+    Returns: uint8 (N, h, w, 3), (N, h, w, 1) or (N, h, w), memory-mapped unless compressed; int64 (N,)
         or None.
     Raises: ValueError if the file is damaged, pickled, or of another dtype or shape.
     """
@@ -54,7 +56,8 @@ def read_array(path: Path) -> tuple[PixelArray, LabelArray | None]:
             with loaded:
                 if "arr_0" not in loaded:
                     raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}, but no arr_0")
-                images = loaded["arr_0"]
+                mapped = map_npz(path, "arr_0")
+                images = loaded["arr_0"] if mapped is None else mapped
                 labels = loaded.get("arr_1")
     except Exception as error:  # a damaged archive raises all kinds of things
         if isinstance(error, OSError) and error.errno is not None:

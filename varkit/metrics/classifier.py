@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -59,27 +58,3 @@ class ImageClassifier(ModelMixin, ConfigMixin):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, num_classes) logits."""
         return self.head(self.drop(self.features(images)))
-
-
-class Agreement:
-    """Share of images that a classifier puts in the class they were made for."""
-
-    def __init__(self, classifier: ImageClassifier) -> None:
-        self.classifier = classifier.eval()
-        self.reset()
-
-    def reset(self) -> None:
-        classes = self.classifier.config.num_classes
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64)  # asked for, seen
-
-    @torch.no_grad()
-    def update(self, images: Tensor, labels: Tensor) -> None:
-        """images: (B, 3, H, W) in [-1, 1].   labels: (B,)."""
-        seen = self.classifier(images).argmax(-1)
-        pair = labels.to(seen.device) * len(self.confusion) + seen
-        self.confusion += torch.bincount(pair.cpu(), minlength=self.confusion.numel()).view_as(self.confusion)
-
-    def compute(self) -> dict[str, Tensor]:
-        """`agreement` and, per class asked for, `per_class` (NaN where none was)."""
-        right, total = self.confusion.diag().double(), self.confusion.sum(1).double()
-        return {"agreement": right.sum() / total.sum(), "per_class": right / total}

@@ -258,7 +258,7 @@ def score_set(
     )
     found = score(context, metrics)
     result = Result(images.name, images.source, num, images.size, dict(images.settings), found.scores, found.curves)
-    result.per_class = found.per_class
+    result.per_class, result.bound = found.per_class, images.bound
     result.pictures = pictures(made, found, reference)
     return result
 

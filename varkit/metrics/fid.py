@@ -13,7 +13,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy.linalg import blas
 from torch import Tensor
 
 from varkit.metrics.features import check_features, rounded
@@ -30,7 +32,7 @@ class Gaussian:
     """A normal distribution as the distance wants it. Keep the one of a fixed reference: it is factored once.
 
     mean: (D,) float64.   root: (R, D) float64 with root.T @ root the covariance.
-    full_rank: the root is square and safely invertible.
+    full_rank: the root is square, upper triangular and safely invertible.
     """
 
     mean: Tensor
@@ -188,11 +190,13 @@ def frechet_distance(first: FeatureStatistics | Gaussian, second: FeatureStatist
     a, b = (s if isinstance(s, Gaussian) else s.gaussian() for s in (first, second))
     if a.mean.shape != b.mean.shape:
         raise ValueError(f"features of one network are needed; got widths {len(a.mean)} and {len(b.mean)}")
-    product = a.root @ b.root.T
     if a.full_rank and b.full_rank:
-        singular = torch.linalg.eigvalsh(product @ product.T).clamp_min(0).sqrt()
+        # Both roots are triangular, which halves the first product, and the second is symmetric.
+        product = blas.dtrmm(1.0, np.asfortranarray(b.root.T), np.asfortranarray(a.root), side=1, lower=1)
+        square = torch.from_numpy(blas.dsyrk(1.0, product, lower=1))
+        singular = torch.linalg.eigvalsh(square).clamp_min(0).sqrt()
     else:
-        singular = torch.linalg.svdvals(product)
+        singular = torch.linalg.svdvals(a.root @ b.root.T)
     apart = (a.mean - b.mean).square().sum()
     return float((apart + a.root.square().sum() + b.root.square().sum() - 2 * singular.sum()).clamp_min(0))
 

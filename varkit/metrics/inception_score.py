@@ -77,8 +77,9 @@ def inception_score(
         dtype: of the softmax and the sums of a part.   eps: added inside both logarithms.
     Raises: ValueError for no samples, fewer samples than splits, and logits that are not finite (naming the rows).
     """
-    options = {"splits": splits, "split_size": split_size, "shuffle": shuffle, "dtype": dtype, "eps": eps}
-    return inception_score_with_contributions(logits, **options).score
+    return inception_score_with_contributions(
+        logits, splits=splits, split_size=split_size, shuffle=shuffle, dtype=dtype, eps=eps
+    ).score
 
 
 def inception_score_with_contributions(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from varkit.config import ConfigError, build, config, load_yaml, nearest, override, to_dict
+from varkit.pictures import UInt8Rule
 
 Network = Literal[
     "inception", "classifier", "effnet-lite0", "dinov2-vitl14", "dinov2-vitb14", "clip-vit-b32", "i3d", "videomae"
@@ -87,7 +88,7 @@ class ImageRule:
 
     sizes: tuple[tuple[int, int], ...] = ()  # (height, width) allowed; empty: any, the same for all
     fit: Literal["none", "center", "squash", "pad"] = "none"  # how real images get the size of the generated ones
-    quantise: str = "round"  # how floats become 8 bits: a rule of varkit.pictures.to_uint8
+    quantise: UInt8Rule = "round"  # how floats become 8 bits: a rule of varkit.pictures.to_uint8
     frames: Literal["", "first", "all"] = ""  # videos are scored as images: their first frame, or every frame
 
 

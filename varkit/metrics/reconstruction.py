@@ -2,69 +2,305 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterable
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from varkit.layout import TokenLayout
+from varkit.metrics.lpips import LPIPS, find_lpips
+from varkit.metrics.structural import (
+    SMALLEST_MULTI_SCALE,
+    SSIM_DEFAULT,
+    Range,
+    check_images,
+    multi_scale_ssim,
+    ssim,
+    to_scale,
+)
+
+logger = logging.getLogger(__name__)
+
+JOINT_LIMIT = 2**20
+"""Combinations of factorised codes up to which they are counted jointly."""
 
 
-def psnr(first: Tensor, second: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] twice -> (B,) decibels, the peak being the whole range of 2."""
-    mse = (first.double() - second.double()).square().mean((1, 2, 3))
-    return 10 * torch.log10(4 / mse)
+# ---- PSNR -----------------------------------------------------------------------------------------------------
+
+
+def psnr(
+    first: Tensor,
+    second: Tensor,
+    data_range: float | None = None,
+    *,
+    scale: Range | None = (-1.0, 1.0),
+    cap: float | None = None,
+    cap_below_mse: float | None = None,
+) -> Tensor:
+    """10 log10(data_range^2 / mean squared error) of each image, or of each whole clip; infinite where both are equal.
+
+    Args:
+        first, second: (B, C, H, W) or (B, C, T, H, W), each uint8 in [0, 255] or floats in [-1, 1].
+        scale: where black and white are put before; None takes the values as they are.
+        data_range: the peak; None is the width of `scale`, which makes the result the same on every scale.
+        cap: value of pairs that are equal, or whose error (on `scale`) is below `cap_below_mse`.
+    Returns: (B,) float64 decibels.
+    Raises: ValueError for other shapes, and a missing `data_range` or `cap`.
+    Source: scikit-image: skimage/metrics/simple_metrics.py (0.26.0); hywang66/LARP: eval/rfvd_evaluator.py for clips;
+        JunyaoHu/common_metrics_on_video_quality (5f75173) for the cap: 100 below 1e-10, in [0, 1].
+    """
+    if cap is None and cap_below_mse is not None:
+        raise ValueError("cap_below_mse needs the value to give there: cap")
+    peak, mse = _peak(data_range, scale), _mean_squared_error(first, second, scale)
+    decibels = 10 * torch.log10(peak**2 / mse)
+    if cap is None:
+        return decibels
+    return torch.where(mse == 0 if cap_below_mse is None else mse < cap_below_mse, cap, decibels)
+
+
+def psnr_set(
+    first: Tensor,
+    second: Tensor,
+    data_range: float | None = None,
+    *,
+    average: Literal["psnr", "mse"] = "psnr",
+    scale: Range | None = (-1.0, 1.0),
+) -> float:
+    """PSNR of a set: the mean over images, which is the usual rule; or (`mse`) of the mean squared error of all.
+
+    Raises: ValueError as `psnr`, and for another average.
+    """
+    if average not in ("psnr", "mse"):
+        raise ValueError(f"average must be psnr or mse; got {average!r}")
+    if average == "psnr":
+        return float(psnr(first, second, data_range, scale=scale).mean())
+    mse = _mean_squared_error(first, second, scale).mean()
+    return float(10 * torch.log10(_peak(data_range, scale) ** 2 / mse))
+
+
+def _peak(data_range: float | None, scale: Range | None) -> float:
+    if data_range is None:
+        if scale is None:
+            raise ValueError("values that are taken as they are (scale=None) need a data_range")
+        return scale[1] - scale[0]
+    return data_range
+
+
+def _mean_squared_error(first: Tensor, second: Tensor, scale: Range | None) -> Tensor:
+    check_images(first, second)
+    return (to_scale(first, scale) - to_scale(second, scale)).square().flatten(1).mean(1)
+
+
+# ---- the codebook ---------------------------------------------------------------------------------------------
 
 
 class CodebookUse:
-    """Counts codes per scale: how many are used at all, and the perplexity exp(entropy) of their use."""
+    """Counts codes scale by scale: how many are used at all, and how evenly.
 
-    def __init__(self, layout: TokenLayout) -> None:
-        if not isinstance(layout.codebook_size, int):
-            raise ValueError(f"codebook use needs one codebook; got {layout.codebook_size}")
-        self.layout, self.size = layout, layout.codebook_size
-        self.counts = torch.zeros(len(layout.grids), self.size, dtype=torch.int64)
+    Args:
+        layout: of one codebook, or of factorised codes: then each factor is counted by itself, and their combinations
+            where JOINT_LIMIT allows.
+        entropy_eps: inside the logarithm of `titok_entropy_bits` (bytedance/1d-tokenizer: evaluator/evaluator.py).
+        perplexity_eps: inside that of `taming_perplexity` (CompVis/taming-transformers, LARP).
+    Raises: ValueError for latents.
+    """
+
+    def __init__(self, layout: TokenLayout, *, entropy_eps: float = 1e-8, perplexity_eps: float = 1e-10) -> None:
+        size = layout.codebook_size
+        if size is None:
+            raise ValueError(f"codebook use needs one codebook; got {size}")
+        self.layout, self.entropy_eps, self.perplexity_eps = layout, entropy_eps, perplexity_eps
+        self.sizes = (size,) if isinstance(size, int) else size
+        shape, every = len(layout.grids), math.prod(self.sizes)
+        self.factors = [torch.zeros(shape, k, dtype=torch.int64) for k in self.sizes if not isinstance(size, int)]
+        self.joint = torch.zeros(shape, every, dtype=torch.int64) if not self.factors or every <= JOINT_LIMIT else None
 
     def update(self, ids: Tensor) -> None:
-        """(B, L) ids."""
-        for k, part in enumerate(self.layout.split(ids)):
-            self.counts[k] += torch.bincount(part.flatten().cpu(), minlength=self.size)
+        """(B, L) ids, or (B, L, G) of factorised codes. Raises: ValueError for another shape, or ids that are none."""
+        codes = (ids if self.factors else ids[..., None]).detach().cpu()
+        if codes.ndim != 3 or codes.shape[2] != len(self.sizes):
+            raise ValueError(f"ids of codebook {self.layout.codebook_size} have another shape than {tuple(ids.shape)}")
+        limits = torch.tensor(self.sizes)
+        if ((codes < 0) | (codes >= limits)).any():
+            raise ValueError(f"ids must be in 0 .. {self.sizes} - 1; got {int(codes.min())} .. {int(codes.max())}")
+        for k, part in enumerate(self.layout.split(codes)):
+            for counts, column in zip(self.factors, part.flatten(0, 1).T, strict=False):
+                counts[k] += torch.bincount(column, minlength=counts.shape[1])
+            if self.joint is not None:
+                strides = torch.tensor([math.prod(self.sizes[g + 1 :]) for g in range(len(self.sizes))])
+                self.joint[k] += torch.bincount((part * strides).sum(2).flatten(), minlength=self.joint.shape[1])
 
     def merge(self, other: CodebookUse) -> None:
-        self.counts += other.counts
-
-    @staticmethod
-    def _row(counts: Tensor) -> dict[str, Any]:
-        p = counts.double() / counts.sum().clamp_min(1)
-        return {"used": int((counts > 0).sum()), "perplexity": float(torch.special.entr(p).sum().exp())}
+        """Add what another one counted. Raises: ValueError where the layouts differ."""
+        self.layout.require(other.layout, "this count", "the other")
+        for mine, theirs in zip(self._tables(), other._tables(), strict=True):
+            mine += theirs
 
     def compute(self) -> dict[str, Any]:
-        total = self._row(self.counts.sum(0))
+        """Plain data: `codebook`, `tokens`, and of all scales as of each in `scales`:
+
+        used, used_share: distinct codes, also as a share of the codebook; they grow with `tokens`.
+        perplexity, entropy_bits: exp(entropy) and entropy of the use.
+        titok_entropy_bits, taming_perplexity: the same two as those evaluators compute them.
+
+        Of factorised codes also `factors`, a list of the same; the rest only where combinations are counted.
+        """
+        size, tables = self.layout.codebook_size, self._tables()
+        result: dict[str, Any] = {
+            "codebook": size if isinstance(size, int) else list(self.sizes),
+            "tokens": int(tables[0].sum()),
+        }
+        if self.joint is not None:
+            result |= self._rows(self.joint)
+        if self.factors:
+            result["factors"] = [{"codebook": counts.shape[1], **self._rows(counts)} for counts in self.factors]
+        return result
+
+    def _tables(self) -> list[Tensor]:
+        return [*self.factors, *([] if self.joint is None else [self.joint])]
+
+    def _rows(self, counts: Tensor) -> dict[str, Any]:
+        grids = ["x".join(map(str, grid)) for grid in self.layout.grids]
+        scales = [{"grid": grid, **self._row(row)} for grid, row in zip(grids, counts, strict=True)]
+        return {**self._row(counts.sum(0)), "scales": scales}
+
+    def _row(self, counts: Tensor) -> dict[str, Any]:
+        p = counts.double() / counts.sum().clamp_min(1)
+        used, entropy = int((counts > 0).sum()), float(torch.special.entr(p).sum())
         return {
-            "codebook": self.size,
-            "used": total["used"],
-            "used_share": total["used"] / self.size,
-            "perplexity": total["perplexity"],
-            "scales": [
-                {"grid": "x".join(map(str, grid)), **self._row(row)}
-                for grid, row in zip(self.layout.grids, self.counts, strict=True)
-            ],
+            "used": used,
+            "used_share": used / len(counts),
+            "perplexity": math.exp(entropy),
+            "entropy_bits": entropy / math.log(2),
+            "titok_entropy_bits": float(-(p * (p + self.entropy_eps).log2()).sum()),
+            "taming_perplexity": math.exp(-float((p * (p + self.perplexity_eps).log()).sum())),
         }
 
 
+# ---- a set of images ------------------------------------------------------------------------------------------
+
+
+class ReconstructionMetrics:
+    """PSNR, SSIM, MS-SSIM and LPIPS of each pair, in batches; two of them can be merged.
+
+    SSIM is `SSIM_DEFAULT`, MS-SSIM `wang`; of clips these and LPIPS are means over frames. Where an image is too small
+    for a measure its value is NaN, and it does not count in the mean.
+
+    Args: lpips: networks with their weights, one for each trunk wanted (`find_lpips(..., download=False)`).
+    """
+
+    def __init__(self, lpips: Sequence[LPIPS] = ()) -> None:
+        self.lpips = {f"lpips_{model.trunk}": model for model in lpips}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget every image."""
+        self._scores: dict[str, list[Tensor]] = {n: [] for n in ("psnr", "ssim", "ms_ssim", *self.lpips)}
+
+    @torch.no_grad()
+    def update(self, reconstruction: Tensor, original: Tensor) -> None:
+        """(B, 3, H, W), or clips (B, 3, T, H, W); each uint8 in [0, 255] or floats in [-1, 1].
+
+        Raises: ValueError for other shapes, and values that are not finite, naming the images.
+        """
+        check_images(reconstruction, original)
+        for name, images in (("reconstruction", reconstruction), ("original", original)):
+            bad = (~images.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(f"{name}: images {bad[:8]} (from 0) of this batch are not finite")
+        found = {"psnr": psnr(reconstruction, original)}
+        pair = [x if x.ndim == 4 else x.transpose(1, 2).flatten(0, 1) for x in (reconstruction, original)]
+        smallest = {"ssim": SSIM_DEFAULT["window_size"], "ms_ssim": SMALLEST_MULTI_SCALE}
+        smallest |= {name: model.smallest for name, model in self.lpips.items()}
+        for name, side in smallest.items():
+            if min(original.shape[-2:]) < side:
+                found[name] = torch.full((len(original),), torch.nan)
+            else:
+                found[name] = self._measure(name, *pair).view(len(original), -1).mean(1)
+        for name, scores in found.items():
+            self._scores[name].append(scores.cpu().double())
+
+    def _measure(self, name: str, reconstruction: Tensor, original: Tensor) -> Tensor:
+        if name == "ssim":
+            return ssim(reconstruction, original, **SSIM_DEFAULT)
+        if name == "ms_ssim":
+            return multi_scale_ssim(reconstruction, original)
+        model = self.lpips[name]
+        first, second = (to_scale(x, (-1.0, 1.0)).float().to(model.shift.device) for x in (reconstruction, original))
+        return model(first, second)
+
+    def merge(self, other: ReconstructionMetrics) -> None:
+        """Append what another one saw. Raises: ValueError where it measures something else."""
+        if self._scores.keys() != other._scores.keys():
+            raise ValueError(f"different measures: {', '.join(self._scores)} and {', '.join(other._scores)}")
+        for name, scores in other._scores.items():
+            self._scores[name] += scores
+
+    def compute(self) -> dict[str, Any]:
+        """`images`, the mean of each measure, and `per_image`: each as (N,) float64, in the order seen.
+
+        Measures that no image was large enough for are not there. Raises: ValueError without an update.
+        """
+        if not self._scores["psnr"]:
+            raise ValueError("there are no images to average over")
+        values = {name: torch.cat(scores) for name, scores in self._scores.items()}
+        values = {name: scores for name, scores in values.items() if not scores.isnan().all()}
+        means = {name: float(scores.nanmean()) for name, scores in values.items()}
+        return {"images": len(values["psnr"]), **means, "per_image": values}
+
+    def means(self) -> dict[str, Any]:
+        """`compute` without `per_image`: plain data."""
+        return {name: value for name, value in self.compute().items() if name != "per_image"}
+
+
 @torch.no_grad()
-def reconstruction_report(tokenizer: Any, batches: Iterable[Tensor]) -> dict[str, Any]:
-    """PSNR (mean of images) and codebook use over batches (B, 3, H, W) in [-1, 1]."""
-    use, total, count = CodebookUse(tokenizer.layout), 0.0, 0
+def reconstruction_report(tokenizer: Any, batches: Iterable[Tensor], *, lpips: Sequence[LPIPS] = ()) -> dict[str, Any]:
+    """The means of `ReconstructionMetrics`, and `CodebookUse` where tokens are ids.
+
+    Args: batches: (B, 3, H, W) in [-1, 1].   lpips: networks with their weights.
+    """
+    metrics = ReconstructionMetrics(lpips)
+    use = None if tokenizer.layout.codebook_size is None else CodebookUse(tokenizer.layout)
     for images in batches:
-        ids = tokenizer.encode(images)
-        use.update(ids)
-        total += float(psnr(tokenizer.decode(ids).float(), images).sum())
-        count += len(images)
-    return {"images": count, "psnr": total / count, **use.compute()}
+        tokens = tokenizer.encode(images)
+        if use is not None:
+            use.update(tokens)
+        metrics.update(tokenizer.decode(tokens).float(), images)
+    return {**metrics.means(), **(use.compute() if use is not None else {})}
+
+
+@torch.no_grad()
+def reconstruction_curve(
+    tokenizer: Any, batches: Iterable[Tensor], lengths: Sequence[int], *, lpips: Sequence[LPIPS] = ()
+) -> list[dict[str, Any]]:
+    """How the reconstruction grows with the tokens kept. Each batch is encoded once, and decoded at each length.
+
+    Args:
+        tokenizer: one of flexible length: `decode(tokens, lengths=n)` reads the first n.
+        batches: (B, 3, H, W) in [-1, 1].   lengths: numbers of tokens, 1 .. tokenizer.layout.length.
+    Returns: for each length `length` and the means of `ReconstructionMetrics`.
+    Raises: ValueError for a tokenizer without `lengths`, and other lengths.
+    """
+    name, longest = type(tokenizer).__name__, tokenizer.layout.length
+    if "lengths" not in inspect.signature(tokenizer.decode).parameters:
+        raise ValueError(
+            f"{name} always decodes all of its {longest} tokens; a curve needs a tokenizer of flexible length, "
+            "whose decode takes `lengths`"
+        )
+    if not lengths or not all(1 <= n <= longest for n in lengths):
+        raise ValueError(f"lengths must be in 1 .. {longest}, the tokens of {name}; got {list(lengths)}")
+    metrics = {n: ReconstructionMetrics(lpips) for n in lengths}
+    for images in batches:
+        tokens = tokenizer.encode(images)
+        for n, metric in metrics.items():
+            metric.update(tokenizer.decode(tokens, lengths=n).float(), images)
+    return [{"length": n, **metric.means()} for n, metric in metrics.items()]
 
 
 def reconstruct_folder(
@@ -80,6 +316,8 @@ def reconstruct_folder(
 ) -> dict[str, Any]:
     """What `varkit reconstruct` does: report, and write originals.png, reconstructions.png, metrics.json.
 
+    LPIPS (alex) is in the report where its weights are found; nothing is downloaded.
+
     Args: split: None is the test split of a named data set, and anything else itself.
     """
     from varkit.data.images import DATASETS, open_images
@@ -93,12 +331,25 @@ def reconstruct_folder(
     where = best_device() if device == "auto" else torch.device(device)
     tokenizer.to(where)
     num = min(num, len(dataset))
-    batches = [dataset.__getitems__(list(range(i, min(i + 16, num))))["images"].to(where) for i in range(0, num, 16)]
-    report = reconstruction_report(tokenizer, batches)
-    shown = torch.cat(batches)[:64]
+
+    def batches(count: int) -> Iterator[Tensor]:
+        for i in range(0, count, 16):
+            yield dataset.__getitems__(list(range(i, min(i + 16, count))))["images"].to(where)
+
+    report = reconstruction_report(tokenizer, batches(num), lpips=_offline_lpips(where))
+    shown = torch.cat(list(batches(min(num, 64))))
     with torch.no_grad():
         back = tokenizer.decode(tokenizer.encode(shown))
     save_png(grid(to_pil(shown), 8), out / "originals.png")
     save_png(grid(to_pil(back), 8), out / "reconstructions.png")
     (out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _offline_lpips(device: torch.device) -> list[LPIPS]:
+    try:
+        model = find_lpips("auto", "alex", download=False)
+    except FileNotFoundError as error:
+        logger.info("no LPIPS: %s", error)
+        return []
+    return [] if model is None else [model.to(device)]

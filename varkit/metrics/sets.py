@@ -20,7 +20,7 @@ from torch import Tensor
 
 from varkit.data.images import DATASETS, ImageDataset, open_images
 from varkit.data.transforms import ArrayPixels, FilePixels, ImageTransform, reason_of
-from varkit.pictures import to_uint8
+from varkit.pictures import UInt8Rule, to_uint8
 
 THREADS = 8
 """That decode; Pillow does it outside of Python's lock."""
@@ -39,7 +39,7 @@ class ImageSet:
 
     read(indices) -> uint8 (B, 3, H, W), or clips (B, T, H, W, 3).   hash() -> 32 hex digits of the content.
     labels: (N,) int64 or None.   channels: 1 where every image is stored grey, else 3.
-    settings: how the set was made, where that is known.
+    settings: how the set was made, where that is known.   bound: what others are measured by, such as real images.
     """
 
     name: str
@@ -54,6 +54,7 @@ class ImageSet:
     class_names: list[str] = field(default_factory=list)
     texts: list[str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
+    bound: bool = False
     threads: int = THREADS  # that read ahead; 0: read where it is asked for
     chunk: int = CHUNK  # images that one of them reads at a time
     title: Callable[[int], str] = "image {}".format  # what an error calls an image
@@ -88,7 +89,9 @@ class ImageSet:
                     future.cancel()
 
 
-def tensor_set(images: Tensor, *, name: str = "tensor", rule: str = "round", labels: Tensor | None = None) -> ImageSet:
+def tensor_set(
+    images: Tensor, *, name: str = "tensor", rule: UInt8Rule = "round", labels: Tensor | None = None
+) -> ImageSet:
     """A set held in memory.
 
     Args: images: uint8 (N, 3 or 1, H, W), or floats in [-1, 1], made 8-bit by `rule` (`varkit.pictures.to_uint8`).
@@ -239,5 +242,5 @@ def hash_arrays(*arrays: np.ndarray) -> str:
     for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
         for first in range(0, len(array), 1024):
-            digest.update(np.ascontiguousarray(array[first : first + 1024]))
+            digest.update(np.ascontiguousarray(array[first : first + 1024]).data)
     return digest.hexdigest()

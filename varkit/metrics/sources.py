@@ -14,7 +14,7 @@ from varkit.data.images import DATASETS
 from varkit.metrics.protocol import Protocol
 from varkit.metrics.reference import Reference, holds_images, is_statistics, read_statistics
 from varkit.metrics.sets import ImageSet, Size, stored_set, tensor_set
-from varkit.pictures import to_uint8
+from varkit.pictures import UInt8Rule, to_uint8
 from varkit.pipelines.auto import AutoPipeline, find_folder
 
 
@@ -77,7 +77,9 @@ def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device
     )
 
 
-def reconstructed_set(tokenizer: Any, originals: ImageSet, name: str, rule: str, device: torch.device) -> ImageSet:
+def reconstructed_set(
+    tokenizer: Any, originals: ImageSet, name: str, rule: UInt8Rule, device: torch.device
+) -> ImageSet:
     """Originals through a tokenizer and back, when they are read."""
     tokenizer.to(device)
 
@@ -130,7 +132,7 @@ def open_generated(
                 num=protocol.sampling.num,
                 labels=None if real.labels is None else real.labels[: protocol.sampling.num],
             )
-        around = [replace(real, name=f"{bounds}: real images")]
+        around = [replace(real, name=f"{bounds}: real images", bound=True)]
         if pipeline is not None:
             rule, text = protocol.images.quantise, f"{bounds}: reconstructions"
             around.append(reconstructed_set(pipeline.image_tokenizer, real, text, rule, device))
@@ -141,8 +143,8 @@ def open_generated(
 def _open_given(source: Any, protocol: Protocol, root: str | None) -> ImageSet:
     """A set to be scored. Files must have the right size; real images of a named data set are given it."""
     named = isinstance(source, str) and source.split(":")[0] in DATASETS and len(protocol.images.sizes) == 1
-    fitting = {"size": protocol.images.sizes[0], "fit": protocol.images.fit} if named else {}
-    return open_set(source, protocol, generated=True, root=root, **fitting)
+    size, fit = (protocol.images.sizes[0], protocol.images.fit) if named else (None, "none")
+    return open_set(source, protocol, generated=True, root=root, size=size, fit=fit)
 
 
 def open_reference(

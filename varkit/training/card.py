@@ -1,7 +1,6 @@
 """A finished run as a model people can use: the pipeline's folder with a card, pictures and curves beside it.
 
-Everything on the card is read from files: the recipes and metrics that the runs wrote, and the JSON of
-`eval/judge_generator.py`.
+Everything on the card is read from files: the recipes and metrics that the runs wrote, the reports of `varkit eval`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import yaml
 
 from varkit.data.images import open_images
 from varkit.data.transforms import ImageTransform
-from varkit.metrics.judge import table
+from varkit.metrics.report import Report
 from varkit.pictures import grid, save_png, to_pil
 from varkit.pipelines.auto import AutoPipeline
 from varkit.pipelines.class_to_image import generate
@@ -50,6 +49,26 @@ def markdown_table(columns: dict[str, dict[str, str]]) -> str:
     names = list(next(iter(columns.values())))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     lines += [f"| {name} | {' | '.join(column[name] for column in columns.values())} |" for name in names]
+    return "\n".join(lines)
+
+
+def score_table(report: Report) -> str:
+    """The scores of all results, one a row, with their intervals beneath; and how each was obtained."""
+    titles = list(dict.fromkeys(s.title for r in report.results for s in r.scores))
+    lines = [f"| images | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for result in report.results:
+        found = {s.title: s.text().replace(" [", "<br>[") for s in result.scores}
+        lines.append(f"| {result.name} | {' | '.join(found.get(t, '-') for t in titles)} |")
+    how = dict.fromkeys(f"- {s.title}: {s.how}" for s in report.results[-1].scores if s.how)
+    return "\n".join([*lines, "", *how])
+
+
+def plain_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of equal keys as Markdown."""
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -99,13 +118,15 @@ def write_card(
     tokenizer_run: Path,
     generator_run: Path,
     classifier_run: Path,
-    judged: Path,
+    generation: Path,
+    reconstruction: Path,
     out: Path,
     *,
     title: str,
     machine: str,
     introduction: str,
     limits: str,
+    command: str,
     licence: str = "apache-2.0",
     data: str = "fashion-mnist",
     split: str = "test",
@@ -116,12 +137,13 @@ def write_card(
     """Copy the exported pipeline and classifier to `out`, and write its README.md with pictures in card/.
 
     Args:
-        judged: the JSON that `eval/judge_generator.py` wrote.
+        generation, reconstruction: reports that `varkit eval --out` wrote, of the model and of its tokenizer.
         machine: what the runs were made on, for the reader.
         introduction, limits: Markdown paragraphs; the rest of the card is read from files.
+        command: that gave the scores.
     Raises: FileNotFoundError when a run is not finished.
     """
-    result = json.loads(judged.read_text())
+    scores, back = Report.read(generation), Report.read(reconstruction)
     shutil.copytree(generator_run / "model", out, dirs_exist_ok=True)
     shutil.copytree(classifier_run / "model", out / "classifier", dirs_exist_ok=True)
     pipeline = AutoPipeline.from_pretrained(out)
@@ -133,7 +155,8 @@ def write_card(
     runs = {"tokenizer": tokenizer_run, "transformer": generator_run, "classifier": classifier_run}
     shown = [("tokenizer", "l2"), ("tokenizer", "psnr"), ("transformer", "loss"), ("transformer", "accuracy")]
     draw_curves(runs, shown, out / "card" / "curves.png")
-    shutil.copyfile(judged, out / "card" / "judged.json")
+    for report, name in ((scores, "generation"), (back, "reconstruction")):
+        report.write(out / "card" / f"{name}.json")
     from varkit.metrics.classifier import ImageClassifier
 
     parts = {
@@ -167,11 +190,21 @@ Classes: {names}.
 
 ## Results
 
-{table(result)}
+By `varkit eval`, protocol {scores.protocol["name"]} (fingerprint {scores.fingerprint}): {scores.protocol["summary"]}.
+In brackets: {scores.protocol["interval"]["level"]:.0%} intervals. [generation.json](card/generation.json) holds
+everything; `varkit compare` puts other reports of this protocol beside it.
 
-{result["protocol"]}. Measured by
+{score_table(scores)}
 
-    python eval/judge_generator.py {title} --num {result["num"]} --guidance {result["guidances"]}
+The command:
+
+    {command}
+
+Its tokenizer, protocol {back.protocol["name"]} (fingerprint {back.fingerprint}): {back.protocol["summary"]}.
+
+{score_table(back)}
+
+{plain_table(back.results[0].tables["codebook by scale"])}
 
 Held-out images above their reconstructions:
 
@@ -185,8 +218,8 @@ Machine: {machine}. Curves:
 
 ![curves](card/curves.png)
 
-To train it again: the three commands of the table, in that order (the recipes hold every setting), then
-`eval/judge_generator.py` and `eval/write_card.py`.
+To train it again: the three commands of the table, in that order (the recipes hold every setting), then `varkit eval`
+as above, and `eval/write_card.py`.
 
 ## Limits
 

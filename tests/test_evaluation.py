@@ -304,14 +304,20 @@ def test_too_few_images_for_a_metric_are_refused_before_any_work(
         run(a[:num], b, num=num, metrics=[metric], overrides=[change])
 
 
-def test_grey_files_beside_coloured_ones_are_refused(tmp_path: Path) -> None:
+def test_grey_images_beside_coloured_ones_are_refused(tmp_path: Path) -> None:
+    """What counts is the content: grey pictures saved in colour are grey."""
     a, b = halves()
     (tmp_path / "grey").mkdir()
     for i, image in enumerate(a):
         Image.fromarray(image[0].numpy()).save(tmp_path / "grey" / f"{i:03d}.png")
-    coloured = save_folder(tmp_path / "colour", b)
-    with pytest.raises(ValueError, match=r"grey is stored grey, .*colour in colour"):
-        run(str(tmp_path / "grey"), str(coloured))
+    coloured = b.clone()
+    coloured[:, 0] //= 2
+    with pytest.raises(ValueError, match=r"grey is grey, .*colour in colour"):
+        run(str(tmp_path / "grey"), str(save_folder(tmp_path / "colour", coloured)))
+    with pytest.raises(ValueError, match="is grey"):
+        run(coloured, b)
+    stored = run(str(tmp_path / "grey"), str(save_folder(tmp_path / "rgb", b))).results[0].score("frechet").value
+    assert stored == run(a, b).results[0].score("frechet").value
 
 
 def test_a_wrong_key_of_an_npz_is_named(tmp_path: Path) -> None:

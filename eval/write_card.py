@@ -1,10 +1,11 @@
 """Turn three finished runs into a model folder with its card: how varkit/zoo/fashion-var was made.
 
 varkit eval runs/fashion_var/model fashion-mnist -p fashion --weights runs/fashion_classifier/model \\
-    --guidance 1,1.5,2,2.5,3 --bounds fashion-mnist:test --out generation.json
+    --guidance 1,1.5,2,2.5,3 --bounds fashion-mnist:test --out generation.json --html report.html
 varkit eval runs/fashion_var/model fashion-mnist -p fashion-rec --weights runs/fashion_classifier/model \\
     --out reconstruction.json
-python eval/write_card.py generation.json reconstruction.json --out varkit/zoo/fashion-var --machine "two CPU cores"
+python eval/write_card.py generation.json reconstruction.json --page report.html \\
+    --out varkit/zoo/fashion-var --machine "two CPU cores"
 """
 
 from pathlib import Path
@@ -32,6 +33,8 @@ def main(
     generation: Annotated[Path, typer.Argument(help="The report of `varkit eval --out` on the model.")],
     reconstruction: Annotated[Path, typer.Argument(help="The same on its tokenizer.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    page: Annotated[Path | None, typer.Option(help="The HTML report of the model, to be kept beside the card.")] = None,
+    *,
     machine: Annotated[str, typer.Option(help="What the runs were made on.")],
     tokenizer_run: Annotated[Path, typer.Option(help="Folder of the tokenizer's run.")] = Path("runs/fashion_vq"),
     generator_run: Annotated[Path, typer.Option(help="Folder of the generator's run.")] = Path("runs/fashion_var"),
@@ -53,6 +56,7 @@ def main(
         introduction=INTRODUCTION,
         limits=LIMITS,
         command=COMMAND,
+        page=page,
     )
     typer.echo(f"wrote {out}/README.md")
 

@@ -48,7 +48,7 @@ def test_what_ships_is_small_and_holds_no_code() -> None:
     assert "fashion-var" in zoo_models()
     files = [p for p in FOLDER.rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in files) <= 14_000_000
-    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png"}
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png", ".html"}
 
 
 @pytest.mark.parametrize("opener", ["varkit.AutoPipeline", "varkit.ClassToImagePipeline"])

@@ -127,6 +127,7 @@ def write_card(
     introduction: str,
     limits: str,
     command: str,
+    page: Path | None = None,
     licence: str = "apache-2.0",
     data: str = "fashion-mnist",
     split: str = "test",
@@ -140,7 +141,7 @@ def write_card(
         generation, reconstruction: reports that `varkit eval --out` wrote, of the model and of its tokenizer.
         machine: what the runs were made on, for the reader.
         introduction, limits: Markdown paragraphs; the rest of the card is read from files.
-        command: that gave the scores.
+        command: that gave the scores.   page: the HTML report, copied beside the card.
     Raises: FileNotFoundError when a run is not finished.
     """
     scores, back = Report.read(generation), Report.read(reconstruction)
@@ -157,6 +158,9 @@ def write_card(
     draw_curves(runs, shown, out / "card" / "curves.png")
     for report, name in ((scores, "generation"), (back, "reconstruction")):
         report.write(out / "card" / f"{name}.json")
+    if page is not None:
+        shutil.copyfile(page, out / "card" / "report.html")
+    opens = " [report.html](card/report.html) shows it with curves and pictures." if page is not None else ""
     from varkit.metrics.classifier import ImageClassifier
 
     parts = {
@@ -192,7 +196,7 @@ Classes: {names}.
 
 By `varkit eval`, protocol {scores.protocol["name"]} (fingerprint {scores.fingerprint}): {scores.protocol["summary"]}.
 In brackets: {scores.protocol["interval"]["level"]:.0%} intervals. [generation.json](card/generation.json) holds
-everything; `varkit compare` puts other reports of this protocol beside it.
+everything; `varkit compare` puts other reports of this protocol beside it.{opens}
 
 {score_table(scores)}
 

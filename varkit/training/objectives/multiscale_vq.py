@@ -181,9 +181,8 @@ class Training(Objective):
         self.fakes.clear()
         self.tokenizer.quantize.pending = None
         for module in self.modules():  # its running statistics, used by nobody in training, saw the bad batch
-            if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
-                if not bool(module.running_var.isfinite().all()):
-                    module.reset_running_stats()
+            if isinstance(module, nn.BatchNorm2d) and not bool(module.state_dict()["running_var"].isfinite().all()):
+                module.reset_running_stats()
 
     def _follow_means(self, coded: list[Quantized]) -> None:
         """Each code becomes the moving mean of what it codes (VQ-VAE, arXiv 1711.00937, appendix A)."""

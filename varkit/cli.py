@@ -340,7 +340,11 @@ def train(
         return
     from varkit.training.loop import train as run
 
-    result = run(loaded, resume=resume)
+    try:
+        result = run(loaded, resume=resume)
+    except FloatingPointError as error:
+        say(f"error: {error}")
+        raise typer.Exit(1) from None
     from accelerate import PartialState
 
     if result.model is not None and PartialState().is_main_process:

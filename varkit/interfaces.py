@@ -201,6 +201,9 @@ class Objective(nn.Module, ABC):
     def after_step(self, step: int, rng: Rng) -> None:
         """Called after the optimisers have stepped."""
 
+    def discard_step(self) -> None:
+        """Called instead of `after_step` when the step was skipped: forget what `forward` kept of it."""
+
     def statistics(self) -> dict[str, float]:
         """Further numbers for the log, asked for only when a line is written."""
         return {}

@@ -125,6 +125,8 @@ class MultiScaleQuantizer(nn.Module):
         )
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.grids), codebook_size))
         self.records = 0
+        self.defer_usage = False  # True: forward only adds up; `commit_usage` closes the step
+        self.pending: Tensor | None = None  # K V
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move with the module, but stay float32: sums over scales and nearest codes need it."""
@@ -234,6 +236,16 @@ class MultiScaleQuantizer(nn.Module):
         """Moving average of how often each code is used at each scale, over all processes."""
         size = self.embedding.num_embeddings
         hits = torch.stack([torch.bincount(i.flatten(), minlength=size) for i in ids]).float()
+        self.pending = hits if self.pending is None else self.pending + hits
+        if not self.defer_usage:
+            self.commit_usage()
+
+    @torch.no_grad()
+    def commit_usage(self) -> None:
+        """Take what was counted since the last time, over all processes, into the moving average."""
+        hits, self.pending = self.pending, None
+        if hits is None:
+            return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(hits)
         decay = 0.0 if self.records == 0 else 0.9 if self.records < 100 else 0.99

@@ -8,6 +8,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def replace_folder(part: Path, target: Path) -> None:
+    """Put the finished folder `part` in the place of `target`, which is at any moment whole or absent.
+
+    What stood there goes under a hidden name first: removing a folder takes long enough to be killed in.
+    """
+    for file in part.rglob("*"):  # the rename must not reach the disk before the bytes
+        if file.is_file():
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
+    remove_folder(target)
+    os.replace(part, target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that nobody may find half removed."""
+    if folder.exists():
+        old = folder.with_name(f".old-{folder.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        shutil.rmtree(old)
+
+
 class Checkpoints:
     """`folder/step-00001000/` and so on. A folder of that name is always complete.
 
@@ -37,22 +59,15 @@ class Checkpoints:
         """
         part = self.folder / f".part-{step:08d}"
         if main:
-            for leftover in self.folder.glob(".part-*"):
+            for leftover in [*self.folder.glob(".part-*"), *self.folder.glob(".old-step-*")]:
                 shutil.rmtree(leftover)
             part.mkdir(parents=True)
         wait()
         write(part)
         wait()
         if main:
-            for file in part.rglob("*"):  # the rename must not reach the disk before the bytes
-                if file.is_file():
-                    with file.open("rb") as handle:
-                        os.fsync(handle.fileno())
-            target = self.path(step)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(part, target)
+            replace_folder(part, self.path(step))
             for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.path(old))
+                remove_folder(self.path(old))
         wait()
         return self.path(step)

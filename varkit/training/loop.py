@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import shutil
 import signal
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,10 +31,13 @@ from varkit.interfaces import Objective
 from varkit.pictures import grid, save_png, to_pil
 from varkit.rng import Rng
 from varkit.training.batches import StepBatches
-from varkit.training.checkpoint import Checkpoints
+from varkit.training.checkpoint import Checkpoints, replace_folder
+from varkit.training.compiler import require_compiler
+from varkit.training.logbook import Window, drop_later_lines, require_tracker, tracker_options, write_line
 from varkit.training.objectives import build_objective
 from varkit.training.optim import make_optimizer, set_schedule
 from varkit.training.recipe import Recipe, recipe_values
+from varkit.training.sync import place, summed
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +59,9 @@ class Progress:
     def __init__(self) -> None:
         self.step = 0
         self.seconds = 0.0
+        self.bad_steps = 0  # skipped in all
+        self.bad_in_a_row = 0
+        self.run_id = uuid.uuid4().hex[:12]  # by which a tracker finds a resumed run
 
     def state_dict(self) -> dict[str, Any]:
         return dict(vars(self))
@@ -106,6 +113,7 @@ class Trainer:
         self.recipe, self.loop, self.folder = recipe, recipe.loop, recipe.folder
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.loop.keep)
         self._check_folder(resume)
+        require_tracker(self.loop.tracker)
         self.dataset = self._open(recipe.data.train, recipe.data.train_split)
         self.validation = None
         if recipe.data.validation is not None:
@@ -116,10 +124,16 @@ class Trainer:
             project_dir=self.folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
-        set_seed(self.loop.seed, device_specific=True)
+        if self.loop.compile:
+            require_compiler(self.accelerator.device)
+        set_seed(self.loop.seed)
         self.objective: Objective = build_objective(recipe.objective, self.dataset.classes)
         self.objective.max_steps = self.loop.steps
+        if place()[0] > 0:  # the same networks everywhere, another dropout on each process
+            set_seed(self.loop.seed, device_specific=True)
         self.objective.train()
+        if self.loop.channels_last:
+            self.objective.to(memory_format=torch.channels_last)
         self._set_transforms()
         self.phases = self.objective.all_phases()
         self.parameters = {
@@ -200,7 +214,12 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values(self.recipe), sort_keys=False))
+        part = self.folder / ".recipe.yaml.part"
+        part.write_text(yaml.safe_dump(recipe_values(self.recipe), sort_keys=False))
+        part.replace(self.folder / "recipe.yaml")
+        dropped = drop_later_lines(self.folder / "metrics.jsonl", self.progress.step)
+        if dropped:
+            self._say(f"dropped {dropped} lines of metrics.jsonl after step {self.progress.step}: they are run again")
         count = sum(p.numel() for p in self.objective.trained("main").parameters())
         self._say(
             f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} images of "
@@ -213,7 +232,11 @@ class Trainer:
     def run(self) -> TrainResult:
         self._begin()
         if self.loop.tracker != "none":
-            self.accelerator.init_trackers(self.recipe.name, config={"recipe": json.dumps(recipe_values(self.recipe))})
+            self.accelerator.init_trackers(
+                self.recipe.name,
+                config={"recipe": json.dumps(recipe_values(self.recipe))},
+                init_kwargs=tracker_options(self.loop.tracker, self.progress.run_id, self.progress.step),
+            )
         stop, began = StopSignal(), time.perf_counter() - self.progress.seconds
         first, window = self.progress.step, Window()
         loader = iter(self._loader())
@@ -225,8 +248,10 @@ class Trainer:
         )
         with stop.listening(), bar:
             for step in range(first, self.loop.steps):
+                asked = time.perf_counter()
                 micros = [self._move(next(loader)) for _ in range(self.loop.accumulation)]
-                window.add(self.step(step, micros))
+                waited = time.perf_counter() - asked
+                window.add(self.step(step, micros), waited)
                 self.progress.step, self.progress.seconds = step + 1, time.perf_counter() - began
                 bar.update()
                 done, last = step + 1, step + 1 == self.loop.steps
@@ -237,7 +262,7 @@ class Trainer:
                 if last or self._due(done, self.loop.sample_every):
                     self._sample(done)
                 if last or stop.received or self._due(done, self.loop.save_every):
-                    self._save(done, window)
+                    self._save(done)
                 if stop.received and not last:
                     self._say(f"{stop.received}: saved step {done} of {self.loop.steps}; continue with --resume")
                     self.accelerator.end_training()
@@ -265,11 +290,15 @@ class Trainer:
                 for name, value in losses.items():
                     key = name if phase == "main" else f"{phase}/{name}"
                     numbers[key] = numbers.get(key, 0) + value.detach() / len(micros)
-            if optim.clip:
-                norm = self.accelerator.clip_grad_norm_(self.parameters[phase], optim.clip)
-                numbers["grad_norm" if phase == "main" else f"{phase}/grad_norm"] = norm
+            norm = self.accelerator.clip_grad_norm_(self.parameters[phase], optim.clip or float("inf"))
+            prefix = "" if phase == "main" else f"{phase}/"
+            numbers[f"{prefix}grad_norm"] = norm
+            if bad := self._not_finite(phase, numbers):
+                self._skip(step, phase, bad)
+                return {}
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        self.progress.bad_in_a_row = 0
         for weight in self.parameters["main"]:  # EMAModel copies, not averages, what takes no gradient
             weight.requires_grad_(True)
         self.objective.after_step(step, Rng.for_keys(self.loop.seed, torch.tensor([0])))
@@ -277,10 +306,41 @@ class Trainer:
             self.ema.step(self.objective.trained("main").parameters())
         return numbers
 
+    def _not_finite(self, phase: str, numbers: dict[str, Tensor]) -> list[str]:
+        """Names of this phase's losses (and `grad_norm`) that are not finite on any process."""
+        names = sorted(n for n in numbers if (n.partition("/")[0] == phase) == (phase != "main"))
+        if self.accelerator.scaler is not None:  # fp16: the scaler answers gradients that overflow
+            names = [n for n in names if not n.endswith("grad_norm")]
+        bad = torch.stack([~torch.isfinite(numbers[n].float()) for n in names]).float()
+        return [name for name, count in zip(names, summed(bad).tolist(), strict=True) if count]
+
+    def _skip(self, step: int, phase: str, bad: list[str]) -> None:
+        """Forget a step whose loss or gradient is not finite; too many in a row end the run.
+
+        Raises: FloatingPointError naming the step, the losses and the last good checkpoint.
+        """
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        for weight in self.parameters["main"]:
+            weight.requires_grad_(True)
+        self.objective.discard_step()
+        self.progress.bad_steps += 1
+        self.progress.bad_in_a_row += 1
+        row, what = self.progress.bad_in_a_row, f"step {step + 1}, phase {phase}: not finite: {', '.join(bad)}"
+        if row >= self.loop.max_bad_steps:
+            raise FloatingPointError(
+                f"{what}; {row} such steps in a row (loop.max_bad_steps); the last good checkpoint is "
+                f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, or train with loop.precision=no"
+            )
+        self._say(f"{what}; the step is skipped ({row} in a row, {self.progress.bad_steps} in all)")
+
     def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images and labels to the device; keys stay on the host, where their few numbers are drawn."""
         device = self.accelerator.device
-        return {k: v if k == "keys" else v.to(device, non_blocking=True) for k, v in batch.items()}
+        moved = {k: v if k == "keys" else v.to(device, non_blocking=True) for k, v in batch.items()}
+        if self.loop.channels_last:
+            moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
+        return moved
 
     @staticmethod
     def _due(step: int, every: int) -> bool:
@@ -290,23 +350,24 @@ class Trainer:
 
     def _write(self, step: int, numbers: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
-            with (self.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps({"step": step, **{k: round(v, 6) for k, v in numbers.items()}}) + "\n")
+            write_line(self.folder / "metrics.jsonl", step, numbers)
         self.accelerator.log(numbers, step=step)
 
     def _log(self, step: int, window: Window, bar: Any) -> None:
+        waited = window.waited
         numbers, seconds, steps = window.close()
-        self._require_finite(step, numbers["loss"])
         speed = steps * self.loop.batch_size / seconds
         numbers |= self.objective.statistics()
         numbers |= {
             "lr": self.optimizers["main"].param_groups[0]["lr"],
             "images_per_second": speed,
+            "data_wait": waited / seconds,
+            "bad_steps": self.progress.bad_steps,
             "seconds": self.progress.seconds,
         }
         self._write(step, numbers)
         left = (self.loop.steps - step) * self.loop.batch_size / speed / 60
-        text = f"loss {numbers['loss']:.4f}  {speed:.0f} images/s"
+        text = f"loss {numbers.get('loss', float('nan')):.4f}  {speed:.0f} images/s"
         if bar.disable:
             self._say(f"step {step}/{self.loop.steps}  {text}  {left:.1f} min left")
         else:
@@ -364,17 +425,16 @@ class Trainer:
                 save_png(sheet, self.folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.accelerator.wait_for_everyone()
 
-    def _require_finite(self, step: int, loss: float) -> None:
-        if not math.isfinite(loss):
-            latest = self.checkpoints.latest()
-            raise FloatingPointError(
-                f"the loss is {loss} at step {step}; the last good checkpoint is {latest or 'none'}. Lower "
-                f"optim.lr, or train with loop.precision=no"
-            )
+    def _require_finite(self, step: int) -> None:
+        for name, weight in self.objective.named_parameters():
+            if not bool(weight.isfinite().all()):
+                raise FloatingPointError(
+                    f"{name} is not finite after step {step}; no checkpoint is written of it, and the last good one is "
+                    f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, or train with loop.precision=no"
+                )
 
-    def _save(self, step: int, window: Window) -> None:
-        if window.steps:  # steps since the last log line: what is saved must be good
-            self._require_finite(step, float(window.sums["loss"]))
+    def _save(self, step: int) -> None:
+        self._require_finite(step)
 
         def write(part: Path) -> None:
             self.accelerator.save_state(str(part))
@@ -386,31 +446,10 @@ class Trainer:
     def _export(self) -> Path:
         path = self.folder / "model"
         if self.accelerator.is_main_process:
+            part = self.folder / ".part-model"
+            shutil.rmtree(part, ignore_errors=True)
             with self._averaged():
-                self.objective.export(path)
+                self.objective.export(part)
+            replace_folder(part, path)
         self.accelerator.wait_for_everyone()
         return path
-
-
-class Window:
-    """Means of named numbers since the last log line, summed on the device: one sync a line, not a step."""
-
-    def __init__(self) -> None:
-        self._open()
-
-    def _open(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.steps, self.began = 0, time.perf_counter()
-
-    def add(self, numbers: dict[str, Tensor]) -> None:
-        for name, value in numbers.items():
-            self.sums[name] = self.sums.get(name, 0) + value.float()
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.steps += 1
-
-    def close(self) -> tuple[dict[str, float], float, int]:
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-        seconds, steps = time.perf_counter() - self.began, self.steps
-        self._open()
-        return means, seconds, steps

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.training.sync import SyncedBatchNorm2d, place, summed
+
 AdversarialLoss = Literal["hinge", "vanilla"]
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (Isola et al., arXiv 1611.07004): one logit a patch.
+    """PatchGAN (Isola et al., arXiv 1611.07004): one logit a patch. Its batch statistics are those of all processes.
 
     Args: width: channels of the first layer.   layers: stride-2 convolutions; 3 sees patches of 70 pixels.
     Source of names: FoundationVision/LlamaGen: tokenizer/tokenizer_image/discriminator_patchgan.py.
@@ -24,7 +26,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, layers + 1):
             stride = 2 if i < layers else 1
             stack.append(nn.Conv2d(widths[i - 1], widths[i], 4, stride, 1, bias=False))
-            stack += [nn.BatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]
+            stack += [SyncedBatchNorm2d(widths[i]), nn.LeakyReLU(0.2)]
         stack.append(nn.Conv2d(widths[-1], 1, 4, 1, 1))
         super().__init__()
         self.main = nn.Sequential(*stack)
@@ -55,10 +57,13 @@ def generator_loss(fake: Tensor) -> Tensor:
 def adaptive_weight(
     reconstruction: Tensor, adversarial: Tensor, weight: Tensor, low: float = 0.0, high: float = 1e4
 ) -> Tensor:
-    """|grad of reconstruction| / |grad of adversarial| at the decoder's last layer, clamped, detached.
+    """|grad of reconstruction| / |grad of adversarial| at the decoder's last layer, clamped, detached; the gradients
+    are those of the batch of all processes.
 
     Source: VQGAN (arXiv 2012.09841), equation 7.
     """
     (a,) = torch.autograd.grad(reconstruction, weight, retain_graph=True)
     (b,) = torch.autograd.grad(adversarial, weight, retain_graph=True)
+    processes = place()[1]
+    a, b = (summed(g.clone()) / processes for g in (a, b))
     return (a.norm() / (b.norm() + 1e-6)).clamp(low, high).detach()

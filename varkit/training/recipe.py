@@ -36,6 +36,7 @@ class LoopConfig:
     accumulation: int = 1  # micro-batches a step
     precision: Literal["no", "bf16", "fp16"] = "bf16"
     compile: bool = False  # torch.compile the trained network: a minute at the start, then faster steps
+    channels_last: bool = False  # images and convolutions as (B, H, W, C) in memory: faster on most devices
     ema_decay: float = 0.999  # of the weights that are validated and exported; 0: none
     seed: int = 0
     log_every: int = 20
@@ -44,10 +45,11 @@ class LoopConfig:
     sample_every: int = 500
     save_every: int = 500
     keep: int = 2  # newest checkpoints kept
+    max_bad_steps: int = 10  # so many steps in a row without a finite loss and gradient end the run
     tracker: str = "none"  # none, or a name that accelerate knows: tensorboard, wandb, trackio, ...
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every", "keep"):
+        for name in ("steps", "batch_size", "accumulation", "log_every", "keep", "max_bad_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name} must be at least 1; got {getattr(self, name)}")
         for name in ("validate_every", "sample_every", "save_every"):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +30,7 @@ from varkit.training.losses import (
     generator_loss,
 )
 from varkit.training.optim import OptimConfig
+from varkit.training.sync import place, summed
 
 
 @config
@@ -93,6 +93,7 @@ class Training(Objective):
                 self.freeze("lpips", lpips)
                 self.perceptual = True
         quantizer = self.tokenizer.quantize
+        quantizer.defer_usage = True  # micro-batches of a step are counted as one batch
         if config.codebook == "ema":
             quantizer.embedding.weight.requires_grad_(False)
             self.register_buffer("cluster_size", torch.ones(quantizer.embedding.num_embeddings))
@@ -168,11 +169,20 @@ class Training(Objective):
     def after_step(self, step: int, rng: Rng) -> None:
         coded, self.coded = self.coded, []
         self.fakes.clear()
+        self.tokenizer.quantize.commit_usage()
         if self.config.codebook == "ema":
             self._follow_means(coded)
         every, until = self.config.restart_every, self.config.restart_until * self.max_steps
         if every and step % every == 0 and step <= until:
-            self._restart_dead_codes(coded[-1], step, rng)
+            self._restart_dead_codes(coded, step, rng)
+
+    def discard_step(self) -> None:
+        self.coded.clear()
+        self.fakes.clear()
+        self.tokenizer.quantize.pending = None
+        for module in self.modules():  # its running statistics, used by nobody in training, saw the bad batch
+            if isinstance(module, nn.BatchNorm2d) and not bool(module.state_dict()["running_var"].isfinite().all()):
+                module.reset_running_stats()
 
     def _follow_means(self, coded: list[Quantized]) -> None:
         """Each code becomes the moving mean of what it codes (VQ-VAE, arXiv 1711.00937, appendix A)."""
@@ -180,17 +190,18 @@ class Training(Objective):
         z = torch.cat([r for q in coded for r in q.residuals])
         counts = torch.zeros_like(self.cluster_size).index_add_(0, ids, torch.ones_like(z[:, 0]))
         sums = torch.zeros_like(self.cluster_sum).index_add_(0, ids, z)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-            dist.all_reduce(sums)
+        counts, sums = summed(counts), summed(sums)
         self.cluster_size.lerp_(counts, 1 - self.config.codebook_decay)
         self.cluster_sum.lerp_(sums, 1 - self.config.codebook_decay)
         seen = self.cluster_size > 1e-3  # a code that nothing uses keeps its place
         mean = self.cluster_sum / self.cluster_size.clamp_min(1e-3)[:, None]
         self.tokenizer.codebook.copy_(torch.where(seen[:, None], mean, self.tokenizer.codebook))
 
-    def _restart_dead_codes(self, coded: Quantized, step: int, rng: Rng) -> None:
-        """Move codes that nothing uses onto residuals of this batch, all scales alike."""
+    def _restart_dead_codes(self, coded: list[Quantized], step: int, rng: Rng) -> None:
+        """Move codes that nothing uses onto residuals of this step's images, all scales alike.
+
+        Which ones is a function of the seed and the step: the same however the step's images were shared out.
+        """
         quantizer = self.tokenizer.quantize
         hits = quantizer.ema_vocab_hit_SV
         use = hits.sum(0)
@@ -199,11 +210,18 @@ class Training(Objective):
         if count == 0:
             return
         u = Rng.for_keys(int(rng.seeds[0]), torch.tensor([step])).uniform(torch.arange(count), Draw.RESTART, count=2)[0]
-        scale = (u[:, 0] * len(coded.residuals)).long().tolist()
-        rows = [int(v * len(coded.residuals[k])) for k, v in zip(scale, u[:, 1].tolist(), strict=True)]
-        fresh = torch.stack([coded.residuals[k][row] for k, row in zip(scale, rows, strict=True)])
-        if dist.is_available() and dist.is_initialized():
-            dist.broadcast(fresh, 0)
+        process, processes = place()
+        images = len(coded[0].ids[0])  # of one micro-batch
+        fresh = torch.zeros_like(quantizer.codebook[:count])
+        for row, (which_scale, which) in enumerate(u.tolist()):
+            scale = int(which_scale * len(coded[0].residuals))
+            spots = len(coded[0].residuals[scale]) // images
+            image, spot = divmod(int(which * images * len(coded) * processes * spots), spots)
+            part, image = divmod(image, images * processes)  # as StepBatches shares a step out
+            owner, image = divmod(image, images)
+            if owner == process:
+                fresh[row] = coded[part].residuals[scale][image * spots + spot]
+        summed(fresh)
         quantizer.codebook[dead] = fresh
         hits[:, dead] = use.mean() / len(hits)
         if self.config.codebook == "ema":

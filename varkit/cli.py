@@ -347,6 +347,49 @@ def train(
 
 @app.command()
 @refusing
+def sweep(
+    name: Annotated[str, typer.Argument(help="A shipped sweep (`varkit list`) or the path of a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every member; out=FOLDER for all runs.")
+    ] = None,
+    members: Annotated[
+        str | None, typer.Option(help="Train these alone, in this order: d4,d2. Default: all that are not finished.")
+    ] = None,
+    train_: Annotated[bool, typer.Option("--train/--no-train", help="Or only fit what is finished.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Train a ladder of sizes and fit the power law of VAR's paper. Run it again to go on after a stop."""
+    from varkit.training.sweep import load_sweep, run_sweep
+
+    loaded = load_sweep(name, overrides or [])
+    result = run_sweep(loaded, [] if not train_ else members.split(",") if members else None)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        tell_sweep(result, as_json)
+
+
+def tell_sweep(result: Any, as_json: bool) -> None:
+    """The laws, what was written, and what is still to be trained."""
+    from dataclasses import asdict
+
+    from varkit.training.scaling import fit_lines
+
+    if as_json:
+        found = {"fits": [asdict(f) for f in result.fits], "finished": result.finished, "waiting": result.waiting}
+        typer.echo(json.dumps({**found, "files": [str(f) for f in result.files]}))
+        return
+    for line in fit_lines(result.fits):
+        typer.echo(line)
+    if not result.fits:
+        typer.echo(f"{len(result.finished)} members finished; the fit needs 3")
+    if result.waiting:
+        typer.echo(f"not finished: {', '.join(result.waiting)}; the same command goes on with them")
+    typer.echo("wrote " + ", ".join(str(f) for f in result.files) if result.files else "wrote nothing")
+
+
+@app.command()
+@refusing
 def convert(
     source: Annotated[Path, typer.Argument(help="A released file (.pth), or a folder to convert back.")],
     to: Annotated[Path, typer.Option(help="The folder to write; or, back, a .pth or .safetensors file.")],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -191,6 +192,7 @@ def reconstruct(
 @app.command("eval")
 @refusing
 def eval_(
+    context: typer.Context,
     generated: Annotated[
         str, typer.Argument(help="A folder, .npz, data set, videos; or a model, which is sampled; or a tokenizer.")
     ],
@@ -250,6 +252,7 @@ def eval_(
         cache=cache,
         progress=sys.stderr.isatty(),
     )
+    report.environment["command"] = typed(context)
     if process()[0] == 0:
         give(report, out, html, as_json)
 
@@ -265,6 +268,24 @@ def compare(
     from varkit.metrics.report import Report, join
 
     give(join([Report.read(path) for path in reports]), None, html, as_json)
+
+
+def typed(context: typer.Context) -> str:
+    """The command as it was typed, whatever launched it: for the report, and through it for the model's card."""
+    words = ["varkit", str(context.info_name)]
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(parameter.name)]
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                words += [max(parameter.opts, key=len), str(one)]
+    return shlex.join(words)
 
 
 def numbers(text: str | None, option: str, kind: type[Any]) -> list[Any]:
@@ -404,6 +425,41 @@ def convert(
 
     for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype):
         typer.echo(line)
+
+
+@app.command()
+@refusing
+def push(
+    folder: Annotated[Path, typer.Argument(help="A saved pipeline or model, such as the model/ folder of a run.")],
+    repo: Annotated[str, typer.Argument(help="The hub repository, user/name; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    report: Annotated[Path | None, typer.Option(help="JSON of `varkit eval --out`: the card's scores.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run, for the card. Default: the one that holds FOLDER.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="As the hub spells it: apache-2.0, mit, ...")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Trained on, by its name on the hub. Repeatable.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Send this file of FOLDER too, whatever it is. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card and the files; send nothing.")] = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face Hub: safetensors, JSON, Markdown and PNG files alone."""
+    from varkit.hub import plan_upload
+    from varkit.hub import push as send
+
+    plan = plan_upload(
+        folder, repo, report=report, run=run, licence=licence, datasets=dataset or (), include=include or ()
+    )
+    if dry_run:
+        typer.echo(plan.files["README.md"])
+    for name in plan.files:
+        say(f"{'would send' if dry_run else 'sending'} {name}")
+    for name in plan.left_out:
+        say(f"stays here: {name} (--include sends it)")
+    if not dry_run:
+        address = send(plan, repo, private=private or None)
+        typer.echo(f"pushed {len(plan.files)} files to {address}")
 
 
 @app.command("list")

@@ -210,6 +210,11 @@ def _panel(panel: Any, points: Sequence[Point], fits: Sequence[Fit]) -> None:
         panel.set_xlabel(words)
     panel.set_xscale("log")
     panel.set_yscale("log")
+    low, high = panel.get_xlim()
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.xaxis.set_minor_formatter("" if high / low > 10 else "{x:g}")
+    panel.yaxis.set_major_formatter("{x:.3g}")
+    panel.yaxis.set_minor_formatter("{x:.3g}")
     panel.grid(alpha=0.3, which="both")
     if fits:
         panel.legend(fontsize=7)

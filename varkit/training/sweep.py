@@ -232,14 +232,14 @@ def _remember(trainer: Trainer, recipe: Recipe, memory: dict[str, CodeMemory]) -
         return
     data = recipe_values(recipe)["data"]
     key = json.dumps([recipe.objective.tokenizer, data], sort_keys=True)
-    length = trainer.objective.trained("main").layout.length  # type: ignore[union-attr]
+    network: Any = trainer.objective.trained("main")
     sets = {False: trainer.validation}
     if recipe.data.mode != "crop" and not recipe.data.flip:  # in training an image must always look the same
         sets[True] = trainer.dataset
     for training, dataset in sets.items():
         if dataset is not None:
             name = f"{training} {key}"
-            held[training] = memory.setdefault(name, CodeMemory(len(dataset), length))
+            held[training] = memory.setdefault(name, CodeMemory(len(dataset), network.layout.length))
 
 
 def _refuse_other_settings(recipe: Recipe) -> None:

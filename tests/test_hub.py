@@ -77,14 +77,15 @@ class Handler(BaseHTTPRequestHandler):
             ]
             return self.answer(200, {"transfer": "basic", "objects": objects})
         if "commit" in parts:
-            repo = self.hub.repos["/".join(parts[2:4])]
+            name = "/".join(parts[2:4])
+            repo = self.hub.repos[name]
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
                 if line["key"] == "file":
                     repo[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     repo[value["path"]] = self.hub.blobs[value["oid"]]
-            return self.answer(200, {"commitUrl": f"{self.hub.url}/commit/{COMMIT}", "commitOid": COMMIT})
+            return self.answer(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
         return self.answer(404, {"error": self.path})
 
     def do_PUT(self) -> None:

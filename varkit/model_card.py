@@ -168,11 +168,13 @@ def model_card(
     pipeline = (folder / "model_index.json").is_file()
     task = PICTURES if pipeline else "image-to-image"
     written = folder / "README.md"
-    try:
-        card = ModelCard(written.read_text(encoding="utf-8") if written.is_file() else "")
-    except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"the front matter of {written} cannot be read: {str(error).splitlines()[0]}") from None
-    data = card.data.to_dict()
+    data, kept = {}, ""
+    if written.is_file():
+        try:
+            card = ModelCard(written.read_text(encoding="utf-8"))
+        except (ValueError, TypeError, yaml.YAMLError) as error:
+            raise ValueError(f"the front matter of {written} cannot be read: {str(error).splitlines()[0]}") from None
+        data, kept = card.data.to_dict(), card.text.strip()
     data.setdefault("library_name", "varkit")
     if pipeline:
         data.setdefault("pipeline_tag", PICTURES)
@@ -189,7 +191,7 @@ def model_card(
         data = (
             ModelCardData(model_name=name.split("/")[-1], eval_results=results, **data).to_dict() if results else data
         )
-    text = card.text.strip() if written.is_file() else _body(folder, name, parts, report, run)
+    text = kept if written.is_file() else _body(folder, name, parts, report, run)
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True)}---\n\n{text}\n"
 
 

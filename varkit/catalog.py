@@ -22,6 +22,7 @@ def catalog(pattern: str = "*") -> dict[str, dict[str, str]]:
     from varkit.metrics.protocol import shipped_protocols
     from varkit.pipelines.auto import zoo_models
     from varkit.training.recipe import shipped_recipes
+    from varkit.training.sweep import shipped_sweeps
 
     everything = {
         "shipped models": dict.fromkeys(zoo_models(), "ready to sample: varkit sample NAME"),
@@ -31,6 +32,7 @@ def catalog(pattern: str = "*") -> dict[str, dict[str, str]]:
         },
         "architectures": {n: registry.model_entry(n).summary for n in registry.list_models()},
         "recipes": {n: _recipe_summary(p) for n, p in shipped_recipes().items()},
+        "sweeps": {n: _recipe_summary(p) for n, p in shipped_sweeps().items()},
         "protocols": {n: _recipe_summary(p) for n, p in shipped_protocols().items()},
     }
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -193,6 +194,7 @@ def reconstruct(
 @app.command("eval")
 @refusing
 def eval_(
+    context: typer.Context,
     generated: Annotated[
         str, typer.Argument(help="A folder, .npz, data set, videos; or a model, which is sampled; or a tokenizer.")
     ],
@@ -252,6 +254,7 @@ def eval_(
         cache=cache,
         progress=sys.stderr.isatty(),
     )
+    report.environment["command"] = typed(context)
     if process()[0] == 0:
         give(report, out, html, as_json)
 
@@ -267,6 +270,24 @@ def compare(
     from varkit.metrics.report import Report, join
 
     give(join([Report.read(path) for path in reports]), None, html, as_json)
+
+
+def typed(context: typer.Context) -> str:
+    """The command as it was typed, whatever launched it: for the report, and through it for the model's card."""
+    words = ["varkit", str(context.info_name)]
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        value = context.params[str(parameter.name)]
+        if parameter.param_type_name == "argument":
+            words.append(str(value))
+        elif isinstance(value, bool):
+            words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
+        else:
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                words += [max(parameter.opts, key=len), str(one)]
+    return shlex.join(words)
 
 
 def numbers(text: str | None, option: str, kind: type[Any]) -> list[Any]:
@@ -353,6 +374,49 @@ def train(
 
 @app.command()
 @refusing
+def sweep(
+    name: Annotated[str, typer.Argument(help="A shipped sweep (`varkit list`) or the path of a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value for every member; out=FOLDER for all runs.")
+    ] = None,
+    members: Annotated[
+        str | None, typer.Option(help="Train these alone, in this order: d4,d2. Default: all that are not finished.")
+    ] = None,
+    train_: Annotated[bool, typer.Option("--train/--no-train", help="Or only fit what is finished.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Train a ladder of sizes and fit the power law of VAR's paper. Run it again to go on after a stop."""
+    from varkit.training.sweep import load_sweep, run_sweep
+
+    loaded = load_sweep(name, overrides or [])
+    result = run_sweep(loaded, [] if not train_ else members.split(",") if members else None)
+    from accelerate import PartialState
+
+    if PartialState().is_main_process:
+        tell_sweep(result, as_json)
+
+
+def tell_sweep(result: Any, as_json: bool) -> None:
+    """The laws, what was written, and what is still to be trained."""
+    from dataclasses import asdict
+
+    from varkit.training.scaling import fit_lines
+
+    if as_json:
+        found = {"fits": [asdict(f) for f in result.fits], "finished": result.finished, "waiting": result.waiting}
+        typer.echo(json.dumps({**found, "files": [str(f) for f in result.files]}))
+        return
+    for line in fit_lines(result.fits):
+        typer.echo(line)
+    if not result.fits:
+        typer.echo(f"{len(result.finished)} members finished; the fit needs 3")
+    if result.waiting:
+        typer.echo(f"not finished: {', '.join(result.waiting)}; the same command goes on with them")
+    typer.echo("wrote " + ", ".join(str(f) for f in result.files) if result.files else "wrote nothing")
+
+
+@app.command()
+@refusing
 def convert(
     source: Annotated[Path, typer.Argument(help="A released file (.pth), or a folder to convert back.")],
     to: Annotated[Path, typer.Option(help="The folder to write; or, back, a .pth or .safetensors file.")],
@@ -367,6 +431,41 @@ def convert(
 
     for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype):
         typer.echo(line)
+
+
+@app.command()
+@refusing
+def push(
+    folder: Annotated[Path, typer.Argument(help="A saved pipeline or model, such as the model/ folder of a run.")],
+    repo: Annotated[str, typer.Argument(help="The hub repository, user/name; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    report: Annotated[Path | None, typer.Option(help="JSON of `varkit eval --out`: the card's scores.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the run, for the card. Default: the one that holds FOLDER.")
+    ] = None,
+    licence: Annotated[str | None, typer.Option(help="As the hub spells it: apache-2.0, mit, ...")] = None,
+    dataset: Annotated[list[str] | None, typer.Option(help="Trained on, by its name on the hub. Repeatable.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Send this file of FOLDER too, whatever it is. Repeatable.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the card and the files; send nothing.")] = False,
+) -> None:
+    """Upload a model with its card to the Hugging Face Hub: safetensors, JSON, Markdown and PNG files alone."""
+    from varkit.hub import plan_upload
+    from varkit.hub import push as send
+
+    plan = plan_upload(
+        folder, repo, report=report, run=run, licence=licence, datasets=dataset or (), include=include or ()
+    )
+    if dry_run:
+        typer.echo(plan.files["README.md"])
+    for name in plan.files:
+        say(f"{'would send' if dry_run else 'sending'} {name}")
+    for name in plan.left_out:
+        say(f"stays here: {name} (--include sends it)")
+    if not dry_run:
+        address = send(plan, repo, private=private or None)
+        typer.echo(f"pushed {len(plan.files)} files to {address}")
 
 
 @app.command("list")

@@ -22,6 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
+from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import KVCache
 from varkit.layout import TokenLayout, square_grids
@@ -170,7 +171,7 @@ class VARState(State):
         self.cache.reset()
 
 
-class VAR(ModelMixin, ConfigMixin, Generator):
+class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional next-scale transformer. The defaults are the released VAR-d16.
 
     Args:

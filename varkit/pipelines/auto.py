@@ -10,8 +10,12 @@ import torch
 
 from varkit import registry
 from varkit.config import nearest
+from varkit.hub import download, is_hub_id
 
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+"""Keyword arguments of `AutoPipeline.from_pretrained` that concern the hub alone."""
 
 PIPELINES = {"ClassToImagePipeline": "varkit.pipelines.class_to_image"}
 
@@ -48,7 +52,8 @@ class AutoPipeline:
         Args:
             name_or_path: a shipped model (`fashion-var`), a saved folder, a released checkpoint
                 (`var_d16.in1k_256`, downloaded from the hub) or a hub repository (`user/name`).
-            kwargs: those of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`.
+            kwargs: those of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`; for the hub also `revision`,
+                `token`, `cache_dir`, `local_files_only`, `force_download`.
         Raises: ValueError naming what exists when nothing answers to the name.
         """
         name = str(name_or_path)
@@ -56,7 +61,9 @@ class AutoPipeline:
         if folder is None:
             if name in registry.list_checkpoints():
                 return _from_checkpoint(registry.checkpoint(name), kwargs.get("torch_dtype"))
-            folder = _from_hub(name)
+            folder = _from_hub(name, **{k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs})
+            if not (folder / "model_index.json").is_file():
+                raise ValueError(f"hub repository {name!r} holds no pipeline (model_index.json); open it by its class")
         index = json.loads((folder / "model_index.json").read_text())
         kind = index.get("_class_name")
         if kind not in PIPELINES:
@@ -80,7 +87,8 @@ class AutoPipeline:
 
 
 def open_tokenizer(name: str) -> Any:
-    """The tokenizer of a shipped model or pipeline, a tokenizer's folder, a released checkpoint or its file.
+    """The tokenizer of a shipped model or pipeline, a tokenizer's folder, a released checkpoint or its file, or of a
+    hub repository (`user/name`) that holds a pipeline or a tokenizer.
 
     Raises: ValueError when `name` is none of them.
     """
@@ -88,6 +96,8 @@ def open_tokenizer(name: str) -> Any:
 
     if name in registry.list_checkpoints():
         name = _download(registry.checkpoint(name))
+    elif is_hub_id(name) and not name.endswith((".pth", ".safetensors")):
+        name = str(download(name))
     folder = find_folder(name)
     if folder is not None:
         return MultiScaleVQ.from_pretrained(folder / "image_tokenizer")
@@ -146,8 +156,8 @@ def _from_checkpoint(card: registry.Checkpoint, dtype: torch.dtype | None) -> An
     return pipeline.to(dtype) if dtype is not None else pipeline
 
 
-def _from_hub(name: str) -> Path:
-    if name.count("/") != 1 or Path(name).exists() or name.startswith((".", "/", "~")):
+def _from_hub(name: str, **options: Any) -> Path:
+    if not is_hub_id(name):
         if name in registry.list_models():
             checkpoints = ", ".join(registry.list_checkpoints(name + ".*")) or "none known"
             raise ValueError(
@@ -159,10 +169,4 @@ def _from_hub(name: str) -> Path:
             f"{name!r} is neither a shipped model, nor a folder with model_index.json, nor a released checkpoint"
             f"{nearest(name, known)}. Shipped: {', '.join(zoo_models()) or 'none'}; `varkit list` shows the rest"
         )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"hub repository {name!r} cannot be downloaded: {error}") from None
+    return download(name, **options)

@@ -17,6 +17,7 @@ from torch import Tensor
 from varkit import registry
 from varkit.conditioning.label import LabelCondition
 from varkit.config import nearest
+from varkit.hub import HubMixin
 from varkit.interfaces import Cond
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Draw, Rng
@@ -34,7 +35,7 @@ class ImageOutput(BaseOutput):
     stats: dict[str, Any]
 
 
-class ClassToImagePipeline(DiffusionPipeline):
+class ClassToImagePipeline(HubMixin, DiffusionPipeline):
     """Class labels -> images.
 
     Args:

@@ -22,6 +22,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.hub import HubMixin
 from varkit.interfaces import Tokenizer
 from varkit.layers.conv_autoencoder import ConvDecoder, ConvEncoder
 from varkit.layout import Grid, TokenLayout, square_grids
@@ -275,7 +276,7 @@ class RunningSum:
         self.scale += 1
 
 
-class MultiScaleVQ(ModelMixin, ConfigMixin, Tokenizer):
+class MultiScaleVQ(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     """Images <-> a token pyramid. The defaults are the one released model, at 256 x 256.
 
     Args:

@@ -5,71 +5,18 @@ Everything on the card is read from files: the recipes and metrics that the runs
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from varkit.data.images import open_images
 from varkit.data.transforms import ImageTransform
 from varkit.metrics.report import Report
+from varkit.model_card import markdown_table, plain_table, read_metrics, run_facts, score_table
 from varkit.pictures import grid, save_png, to_pil
 from varkit.pipelines.auto import AutoPipeline
 from varkit.pipelines.class_to_image import generate
-
-Row = dict[str, float]
-
-
-def read_metrics(run: Path) -> list[Row]:
-    """The lines of a run's metrics.jsonl. Raises FileNotFoundError."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def run_facts(run: Path, parameters: int) -> dict[str, str]:
-    """What a run was: a row of the card's table."""
-    recipe, rows = yaml.safe_load((run / "recipe.yaml").read_text()), read_metrics(run)
-    minutes = max(row.get("seconds", 0.0) for row in rows) / 60
-    last: Row = {}
-    for row in rows:
-        last |= {k.removeprefix("validation/"): v for k, v in row.items() if k.startswith("validation/")}
-    return {
-        "recipe": f"`varkit train {recipe['name']}`",
-        "parameters": f"{parameters:,}",
-        "steps": f"{recipe['loop']['steps']:,} of {recipe['loop']['batch_size']}",
-        "wall time": f"{minutes:.0f} min",
-        "held-out, at the end": ", ".join(f"{k} {v:.4g}" for k, v in last.items()) or "not measured",
-    }
-
-
-def markdown_table(columns: dict[str, dict[str, str]]) -> str:
-    """Column name -> row name -> text."""
-    names = list(next(iter(columns.values())))
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(column[name] for column in columns.values())} |" for name in names]
-    return "\n".join(lines)
-
-
-def score_table(report: Report) -> str:
-    """The scores of all results, one a row, with their intervals beneath; and how each was obtained."""
-    titles = list(dict.fromkeys(s.title for r in report.results for s in r.scores))
-    lines = [f"| images | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for result in report.results:
-        found = {s.title: s.text().replace(" [", "<br>[") for s in result.scores}
-        lines.append(f"| {result.name} | {' | '.join(found.get(t, '-') for t in titles)} |")
-    how = dict.fromkeys(f"- {s.title}: {s.how}" for s in report.results[-1].scores if s.how)
-    return "\n".join([*lines, "", *how])
-
-
-def plain_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows of equal keys as Markdown."""
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    for row in rows:
-        cells = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def draw_curves(runs: dict[str, Path], keys: Sequence[tuple[str, str]], path: Path) -> None:

@@ -22,6 +22,7 @@ from varkit.pipelines.class_to_image import ClassToImagePipeline
 from varkit.rng import Rng
 from varkit.samplers.next_group import NextGroupSampler
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+from varkit.training.codes import CodeMemory
 from varkit.training.optim import OptimConfig
 
 
@@ -88,6 +89,7 @@ class Training(Objective):
             self.model.enable_gradient_checkpointing()
         self.condition = LabelCondition(self.model.num_classes)
         self.max_steps, self.warmup = 1, 0
+        self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
         self.sampler = NextGroupSampler(**config.sampling)
 
     def _build(self, tokenizer: MultiScaleVQ) -> VAR:
@@ -130,8 +132,9 @@ class Training(Objective):
 
     def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
         tokenizer = self.frozen("tokenizer")
+        memory = self.memory.get(self.training)
         with torch.no_grad():
-            tokens = tokenizer.encode(batch["images"])
+            tokens = memory.tokens(batch, tokenizer.encode) if memory else tokenizer.encode(batch["images"])
             inputs = tokenizer.embed(tokens)
         cond = self.condition.encode(class_labels=batch["labels"].clamp_min(0))
         return self.model.training_loss(tokens, inputs, cond, rng, **options)

@@ -129,7 +129,7 @@ def test_the_scores_are_those_of_the_printed_command(
     words = shlex.split(line)[1 : shlex.split(line).index("--html")]
     done = CliRunner().invoke(command_line, [*words, "--json"])
     assert done.exit_code == 0, done.output
-    values = [s["value"] for s in json.loads(done.output)["results"][0]["scores"]]
+    values = [s["value"] for s in json.loads(done.stdout)["results"][0]["scores"]]
     assert [row.split(" | ")[1] for row in table.split("\n")[2:6]] == [evaluate.digits(v) for v in values]
 
 

@@ -29,6 +29,9 @@ def main(
     fit: Annotated[
         str | None, typer.Option(help="center, squash or pad. Default: the protocol's, else center.")
     ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Change the protocol: key=value. Repeatable.")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="The network's file, or a folder that holds it.")] = None,
     download: Annotated[bool, typer.Option(help="Fetch missing weights whose checksum is known.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the network at once.")] = 32,
@@ -41,7 +44,7 @@ def main(
 
     PartialState()
     options = Options(weights, download, device, batch_size, progress=sys.stderr.isatty())
-    count = prepare(source, protocol, out, options, split=split, root=root, size=size, fit=fit)
+    count = prepare(source, protocol, out, options, change or (), split=split, root=root, size=size, fit=fit)
     if PartialState().is_main_process:
         typer.echo(f"wrote {out}: {count:,} of {source} by the rules of {protocol}")
 

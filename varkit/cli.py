@@ -35,6 +35,8 @@ def refusing(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
+        except BrokenPipeError:  # whoever reads has seen enough
+            raise typer.Exit(1) from None
         except (ValueError, OSError, ImportError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None

@@ -35,11 +35,11 @@ def check_images(
                 f"{images.source}: images are {_by(images)}, those of the reference {real.source} {_by(real)}; scores "
                 "of two sizes say little. Resize one of them, or use a protocol with images.fit"
             )
-        if real.channels != images.channels:
-            grey, colour = (real, images) if real.channels == 1 else (images, real)
+        if None not in (real.grey, images.grey) and real.grey != images.grey:
+            grey, colour = (real, images) if real.grey else (images, real)
             raise ValueError(
-                f"{grey.source} is stored grey, {colour.source} in colour: such a score compares colour, not quality. "
-                "Save both alike"
+                f"{grey.source} is grey, {colour.source} in colour: such a score compares colour, not quality. Was one "
+                "of them converted on the way?"
             )
     _check_counts(images, real, protocol)
     if "clip-score" in protocol.metrics and images.texts is None:

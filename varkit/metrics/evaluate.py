@@ -169,6 +169,7 @@ def prepare(
     protocol: str | Path,
     out: Path,
     options: Options,
+    overrides: Sequence[str] = (),
     *,
     split: str | None = None,
     root: str | None = None,
@@ -177,12 +178,14 @@ def prepare(
 ) -> int:
     """Write the statistics of a set of real images or videos to `out`. Returns how many there were.
 
-    Args: size, fit: images are made this square size by this rule (`center`, unless the protocol has one).
+    Args:
+        overrides: of the protocol, `key=value`; those who use the file must say the same.
+        size, fit: images are made this square size by this rule (`center`, unless the protocol has one).
     Raises: ValueError and FileNotFoundError as `evaluate`.
     """
     if out.suffix != ".npz":
         raise ValueError(f"--out {out} must end in .npz")
-    rules = load_protocol(protocol)
+    rules = load_protocol(protocol, overrides)
     network = open_network(rules, options.weights, options.where, download=options.download)
     if rules.kind == "videos":
         from varkit.metrics.evaluate_videos import prepare_videos
@@ -213,6 +216,9 @@ def new_report(
         "batch_size": options.batch_size,
     }
     warnings = [f"{n.what}; its numbers do not compare with published ones" for n in present if not n.released]
+    warnings += [
+        f"{n.what}: no checksum of the weights is known, the file was taken on trust" for n in present if n.trusted
+    ]
     if reference.kind == "statistics" and not reference.about:
         warnings.append(
             f"{reference.source} does not say by which network and resize it was made; it was taken on trust"

@@ -30,7 +30,8 @@ class FeatureNetwork:
 
     run(uint8 images or clips, outputs) -> output (B, D) by name: `features`, and `logits` or `spatial` where it has
     them.   what: the network in a line.   sha256: of its weights.   released: whether these are the weights that the
-    usual names of the scores stand for.   dim: width of the features.   classes: of the logits, for a classifier.
+    usual names of the scores stand for.   trusted: no checksum of them is known to tell.
+    dim: width of the features.   classes: of the logits, for a classifier.
     embed_texts(texts) -> (N, dim), for a network of images and texts.
     """
 
@@ -39,6 +40,7 @@ class FeatureNetwork:
     sha256: str
     run: Callable[[Tensor, Sequence[str]], Mapping[str, Tensor]]
     released: bool = True
+    trusted: bool = False
     dim: int | None = None
     classes: int | None = None
     embed_texts: Callable[[Sequence[str]], Tensor] | None = None
@@ -94,7 +96,7 @@ def open_network(
     known = not spec.sha256 or digest.startswith(spec.sha256)
     what = spec.what if known else f"{spec.what}: architecture only, {path.name} is not the released file"
     run = BUILDERS[rule.name](state, protocol, device)
-    return FeatureNetwork(rule.name, what, digest, run, released=known, dim=DIMS[rule.name])
+    return FeatureNetwork(rule.name, what, digest, run, released=known, trusted=not spec.sha256, dim=DIMS[rule.name])
 
 
 def _inception(state: dict[str, Tensor], protocol: Protocol, device: torch.device) -> Any:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class ImageSet:
     """N images of one size, or N clips.
 
     read(indices) -> uint8 (B, 3, H, W), or clips (B, T, H, W, 3).   hash() -> 32 hex digits of the content.
-    labels: (N,) int64 or None.   channels: 1 where every image is stored grey, else 3.
+    labels: (N,) int64 or None.   channels: 1 where every image is stored grey, else 3; None for a model.
     settings: how the set was made, where that is known.   bound: what others are measured by, such as real images.
     """
 
@@ -49,7 +50,7 @@ class ImageSet:
     size: Size
     read: Callable[[Sequence[int]], Tensor]
     hash: Callable[[], str]
-    channels: int = 3
+    channels: int | None = 3
     labels: Tensor | None = None
     class_names: list[str] = field(default_factory=list)
     texts: list[str] | None = None
@@ -61,6 +62,15 @@ class ImageSet:
 
     def __len__(self) -> int:
         return self.num
+
+    @cached_property
+    def grey(self) -> bool | None:
+        """Whether images are grey, however stored; of those stored in colour some are looked at. None: unknown."""
+        if self.channels != 3:
+            return None if self.channels is None else True
+        some = sorted({round(i * (self.num - 1) / 15) for i in range(16)})
+        images = self.read(some)
+        return bool((images == images[:, :1]).all()) if images.ndim == 4 else False
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         """uint8 (B, 3, H, W), in the order of the indices; decoded ahead by threads, three batches at most."""

@@ -66,6 +66,7 @@ def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device
         name=name,
         source=name,
         kind="model",
+        channels=None,
         num=rule.num,
         size=tuple(pipeline.image_tokenizer.image_size),
         read=read,
@@ -88,7 +89,9 @@ def reconstructed_set(
         images = originals.read(indices).to(device).float().div(127.5).sub(1)
         return to_uint8(tokenizer.decode(tokenizer.encode(images)).float(), rule).cpu()
 
-    return replace(originals, name=name, source=name, kind="reconstructions", read=read, hash=lambda: "", threads=0)
+    return replace(
+        originals, name=name, source=name, kind="reconstructions", channels=None, read=read, hash=lambda: "", threads=0
+    )
 
 
 def is_model(source: Any) -> bool:

@@ -34,9 +34,11 @@ CSS = """
 .run-row { flex-wrap: nowrap !important; }
 .seed-row { align-items: end; }
 .cm-scroller { font-size: 0.85rem; }
-#evaluate-pictures .thumbnail-item { aspect-ratio: auto !important; }
 #evaluate-scores { overflow-x: auto; }
+#evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
 @media (max-width: 640px) {
+  .tab-wrapper, .tab-container { min-width: 0 !important; }
+  .tab-container button { padding: 6px 6px !important; font-size: 0.8rem !important; }
   #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
   }

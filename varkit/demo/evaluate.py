@@ -156,7 +156,7 @@ def add_tab(models: Models, model: Any, reference: str) -> None:
         with gr.Column(scale=5, min_width=320):
             scores = gr.Markdown("", elem_id="evaluate-scores")
             heading("What was scored")
-            pictures = gallery("What was scored", "evaluate-pictures", 1)
+            pictures = gallery("What was scored", "evaluate-pictures", 2)
             lines = code("The same numbers from the command line", "evaluate-command")
     wire(
         start_stop,

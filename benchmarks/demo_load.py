@@ -61,7 +61,7 @@ def load(url: str, model: str, requests: int, clients: int, images: int) -> tupl
     """Send all requests, then read all answers: how many were right, the waiting times, the whole time in seconds."""
     from gradio_client import Client
 
-    own = [Client(url, verbose=False) for _ in range(clients)]
+    own = [Client(url, verbose=False, httpx_kwargs={"timeout": 600}) for _ in range(clients)]
     began = time.perf_counter()
     ended: dict[int, float] = {}
     jobs = []
@@ -84,7 +84,7 @@ def cancelled(url: str, model: str, count: int) -> tuple[int, float]:
     """Cancel requests after their first step: how many ended so, and the seconds until another is answered."""
     from gradio_client import Client
 
-    client = Client(url, verbose=False)
+    client = Client(url, verbose=False, httpx_kwargs={"timeout": 600})
     stopped = 0
     for seed in range(count):
         job: Any = client.submit(model, 256, 2.5, seed, api_name="/evaluate")

@@ -241,15 +241,19 @@ def test_edit_redraws_an_example_and_an_upload(browser: Browser, shots: Path, tm
 
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    browser.run(
-        "document.querySelector('#edit-upload button[aria-label*=Clear], #edit-upload button[title*=Clear], #edit-upload button[aria-label*=Remove]')?.click()"
-    )
+    empty_upload(browser)
     wait("the file box", lambda: browser.run("return !!document.querySelector('#edit-upload input[type=file]')"))
     browser.send_file("#edit-upload input[type=file]", tmp_path / "photo.jpg")
     wait("the upload", lambda: browser.pictures("#edit-upload") >= 1)
     browser.click("#edit-button")
     wait("the edit of the upload", lambda: "LANCZOS" not in browser.text("#snippet") and ran(browser))
     assert browser.errors() == []
+
+
+def empty_upload(browser: Browser) -> None:
+    box = "#edit-upload button"
+    clear = f"{box}[aria-label*=Clear], {box}[title*=Clear], {box}[aria-label*=Remove]"
+    browser.run("document.querySelector(arguments[0])?.click()", clear)
 
 
 def ran(browser: Browser) -> bool:
@@ -283,9 +287,7 @@ def test_reconstruct_and_compare_show_what_they_did(browser: Browser, shots: Pat
 def test_a_too_large_image_is_refused_in_words(browser: Browser, tmp_path: Path) -> None:
     tab(browser, "Edit")
     Image.new("1", (5000, 10)).save(tmp_path / "wide.png")
-    browser.run(
-        "document.querySelector('#edit-upload button[aria-label*=Clear], #edit-upload button[title*=Clear], #edit-upload button[aria-label*=Remove]')?.click()"
-    )
+    empty_upload(browser)
     wait("the file box", lambda: browser.run("return !!document.querySelector('#edit-upload input[type=file]')"))
     browser.send_file("#edit-upload input[type=file]", tmp_path / "wide.png")
     wait("the refusal", lambda: "5000 x 10 pixels" in browser.text("body"))

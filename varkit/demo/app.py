@@ -38,7 +38,8 @@ CSS = """
 #evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
 @media (max-width: 640px) {
   .tab-wrapper, .tab-container { min-width: 0 !important; }
-  .tab-container button { padding: 6px 6px !important; font-size: 0.8rem !important; }
+  .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
+  .gradio-container main, .gradio-container .app { padding-left: 12px !important; padding-right: 12px !important; }
   #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
   }

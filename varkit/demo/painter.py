@@ -46,7 +46,7 @@ STYLE = """
 SCRIPT = """
 const part = (selector) => element.querySelector(selector);
 const sides = () => [Number(part('.painter').dataset.rows), Number(part('.painter').dataset.columns)];
-let cells = [], stroke = null;
+let cells = [], stroke = null, last = null;
 
 function read() {
   const [rows, columns] = sides();
@@ -73,9 +73,14 @@ function mark(event) {
   const [rows, columns] = sides(), box = part('canvas').getBoundingClientRect();
   const x = (event.clientX - box.left) / box.width * columns, y = (event.clientY - box.top) / box.height * rows;
   const reach = Math.max(0.5, Math.max(rows, columns) / 24);
-  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
-    if (Math.max(Math.abs(c + 0.5 - x), Math.abs(r + 0.5 - y)) <= reach) cells[r][c] = stroke;
+  const from = last || [x, y], steps = Math.ceil(2 * Math.hypot(x - from[0], y - from[1])) || 1;
+  for (let i = 0; i <= steps; i++) {  // a quick stroke comes in a few points: fill in between
+    const px = from[0] + (x - from[0]) * i / steps, py = from[1] + (y - from[1]) * i / steps;
+    for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
+      if (Math.max(Math.abs(c + 0.5 - px), Math.abs(r + 0.5 - py)) <= reach) cells[r][c] = stroke;
+    }
   }
+  last = [x, y];
   draw();
 }
 const tools = {
@@ -93,6 +98,7 @@ element.addEventListener('pointerdown', (event) => {
   const r = Math.floor((event.clientY - box.top) / box.height * rows);
   const c = Math.floor((event.clientX - box.left) / box.width * columns);
   stroke = !(cells[r] || [])[c];
+  last = null;
   event.target.setPointerCapture(event.pointerId);
   mark(event);
 });

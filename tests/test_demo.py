@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import shlex
 import socket
 import struct
 import sys
+import threading
 import time
 import urllib.request
 import zlib
@@ -25,12 +27,13 @@ from typer.testing import CliRunner
 import varkit
 from tests.test_models import liven
 from varkit.cli import app as command_line
-from varkit.demo import class_to_image, common, edit
+from varkit.demo import class_to_image, common, compare, edit, evaluate, painter, reconstruct, running, uploads
 from varkit.demo.app import build_demo, launch
-from varkit.demo.common import Models, enlarge, stream
+from varkit.demo.common import Models, enlarge
+from varkit.demo.limits import Limits
 from varkit.pipelines.auto import AutoPipeline
 from varkit.pipelines.class_to_image import generate
-from varkit.pipelines.edit import box_mask, image_to_tensor, keep_pyramid
+from varkit.pipelines.edit import image_to_tensor, keep_pyramid
 from varkit.rng import Rng
 
 gr = pytest.importorskip("gradio", reason='the demo needs gradio: pip install "varkit[app]"')
@@ -39,7 +42,8 @@ SIDE = 8  # of the tiny model's images
 NAME = "tiny var"  # with a space: what is printed must be quoted
 OWN = (2.0, 1.0, 0, 1.0, False)  # the tiny model's own settings, in the order of the controls
 OTHER = (1.5, 0.8, 12, 0.9, True)
-BOX = (0.5, 0.0, 1.0, 1.0)
+LOWER = "0000/0000/1111/1111"
+"""Marks on the tiny model's 4 x 4 cells."""
 NAMES = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
 
 
@@ -103,9 +107,9 @@ def upload(image: Image.Image, path: Path, **options: Any) -> dict[str, Any]:
     return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
 
-def redraw(models: Models, sent: Any, *, region: str = edit.INSIDE, box: Any = BOX, label: str = edit.FOLLOW) -> Any:
+def redraw(models: Models, sent: Any, *, marks: Any = LOWER, label: str = edit.FOLLOW) -> Any:
     """Everything that an edit with the model's own settings and seed 3 yields."""
-    return list(edit.edit(models, NAME, sent, region, *box, label, *OWN, 3))
+    return list(edit.edit(models, NAME, sent, marks, label, *OWN, 3))
 
 
 # ---- models on offer ----------------------------------------------------------------------------------------------
@@ -132,13 +136,17 @@ def test_a_name_not_on_offer_never_reaches_the_disk(folder: Path, monkeypatch: p
     fresh, name = Models([folder]), str(folder) if name == "FOLDER" else name
     for call in (
         lambda: next(class_to_image.generate(fresh, name, "all", 1, *OWN, 0)),
-        lambda: next(edit.edit(fresh, name, {"path": str(folder)}, edit.INSIDE, *BOX, edit.FOLLOW, *OWN, 0)),
-        lambda: edit.preview(fresh, name, {"path": str(folder)}, edit.INSIDE, *BOX),
+        lambda: next(edit.edit(fresh, name, {"path": str(folder)}, LOWER, edit.FOLLOW, *OWN, 0)),
+        lambda: edit.preview(fresh, name, {"path": str(folder)}),
+        lambda: edit.refresh(fresh, name, None),
         lambda: class_to_image.refresh(fresh, name),
-        lambda: edit.show_examples(fresh, name, None),
+        lambda: uploads.show_examples(fresh, name, None),
+        lambda: reconstruct.reconstruct(fresh, name, {"path": str(folder)}),
+        lambda: next(compare.compare(fresh, "all", 1, 0, name, *OWN, name, *OWN)),
+        lambda: next(evaluate.evaluate(fresh, "none", "", name, 16, 2, 0)),
+        lambda: evaluate.refresh(fresh, name),
     ):
-        text = refused(call)
-        assert text.startswith("No model on offer is called") and text.endswith(f"choose one of {NAME}")
+        assert refused(call) == f"That model is not on offer; choose one of {NAME}"
     assert not opened
 
 
@@ -147,11 +155,11 @@ def test_examples_are_the_models_own_and_made_once(models: Models, pipeline: Any
     drawn = pipeline([0, 1, 2, 0, 1, 2], seed=0).images
     assert all(same(a, enlarge(b)) for a, b in zip(examples, drawn, strict=True))
     assert models.examples(NAME) is examples
-    gallery, first = edit.show_examples(models, NAME, None)
+    gallery, first = uploads.show_examples(models, NAME, None)
     assert gallery["visible"] and gallery["value"] is examples and first is examples[0]
-    assert edit.show_examples(models, NAME, {"path": "x"})[1] == gr.skip()  # an image is there already: it stays
-    assert edit.pick_example(models, NAME, 4) is examples[4]
-    assert "one of the examples" in refused(lambda: edit.pick_example(models, NAME, 6))
+    assert uploads.show_examples(models, NAME, {"path": "x"})[1] == gr.skip()  # an image is there already: it stays
+    assert uploads.pick_example(models, NAME, 4) is examples[4]
+    assert "one of the examples" in refused(lambda: uploads.pick_example(models, NAME, 6))
 
 
 def test_another_model_brings_its_own_classes_and_limits(models: Models) -> None:
@@ -159,7 +167,7 @@ def test_another_model_brings_its_own_classes_and_limits(models: Models) -> None
     classes = [("0 · Boot", "0"), ("1 · Coat", "1"), ("2 · Bag", "2")]
     assert picker["choices"][2:] == classes and picker["value"] == class_to_image.ALL and num == 8
     assert (guidance["value"], top_k["maximum"], smooth["value"]) == (2.0, 24, False)
-    picker, *settings = edit.refresh(models, NAME)
+    _, picker, *settings = edit.refresh(models, NAME, None)
     assert picker["choices"][1:] == classes and picker["value"] == edit.FOLLOW and len(settings) == len(NAMES)
 
 
@@ -273,32 +281,81 @@ def test_a_new_seed_is_a_seed() -> None:
 # ---- streaming ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_stops_when_nobody_looks_any_more(pipeline: Any) -> None:
+def test_a_run_stops_between_steps_when_nobody_looks_any_more(pipeline: Any) -> None:
     seen: list[int] = []
 
-    def run(callback_on_step_end: Callable[..., Any]) -> None:
+    def endless(callback_on_step_end: Callable[..., Any]) -> None:
         for step in range(10_000):
             callback_on_step_end(pipeline, step, 0, {"num_steps": 10_000})
             seen.append(step)
             time.sleep(0.001)
 
-    events = stream(run, preview=False)
-    assert next(events) == common.Step(1, 10_000, None)
+    turns = running.Turns()
+    events = running.run(turns, endless, preview=False)
+    assert next(events) == running.Step(1, 10_000, None)
     events.close()  # returns when the thread has ended
     count = len(seen)
     time.sleep(0.02)
     assert count == len(seen) < 5_000
+    with turns.take():  # the turn was given back
+        pass
+    assert not [t for t in threading.enumerate() if t.name == "varkit-demo-run"]
 
 
-def test_an_error_in_a_run_reaches_its_reader(pipeline: Any) -> None:
-    def run(callback_on_step_end: Callable[..., Any]) -> None:
+def test_an_error_in_a_run_reaches_its_reader_and_ends_its_turn(pipeline: Any) -> None:
+    def broken(callback_on_step_end: Callable[..., Any]) -> None:
         callback_on_step_end(pipeline, 0, 0, {"num_steps": 2})
         raise ValueError("half way")
 
-    events = stream(run, preview=False)
+    turns = running.Turns()
+    events = running.run(turns, broken, preview=False)
     next(events)
     with pytest.raises(ValueError, match="half way"):
         next(events)
+    with turns.take():
+        pass
+
+
+def test_turns_are_given_one_at_a_time_in_the_order_of_asking() -> None:
+    turns, order, inside = running.Turns(), list[int](), list[int]()
+
+    def visitor(number: int) -> None:
+        with turns.take():
+            inside.append(number)
+            assert len(inside) == 1
+            order.append(number)
+            inside.remove(number)
+
+    threads = []
+    with turns.take():
+        for number in range(6):
+            threads.append(threading.Thread(target=visitor, args=(number,)))
+            threads[-1].start()
+            while turns._last < number + 2:
+                time.sleep(0.001)
+    for thread in threads:
+        thread.join()
+    assert order == [0, 1, 2, 3, 4, 5]
+
+
+def test_limits_are_checked_and_kept(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the limit side must be at least 1; got 0"):
+        Limits(side=0)
+    with pytest.raises(ValueError, match="the limit evaluated must be at least 16; got 15"):
+        Limits(evaluated=15)
+    small = Models([folder], Limits(images=2))
+    assert "from 1 to 2; got 3" in refused(lambda: next(class_to_image.generate(small, NAME, "all", 3, *OWN, 0)))
+    assert "from 1 to 2; got 3" in refused(lambda: next(compare.compare(small, "all", 3, 0, NAME, *OWN, NAME, *OWN)))
+
+
+@pytest.mark.parametrize("text", ["/srv/models/x is broken", "cannot read '~/m/a.bin'", r"no C:\models\a", "(/etc/x)"])
+def test_no_message_tells_a_path_of_the_server(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        with common.readable_errors():
+            raise ValueError(text)
+
+    assert refused(fail).startswith("This request failed on the server") and text in caplog.text
+    assert common.PATH.search("no class is called 'T-shirt/top'; 2 / 3 and/or 1/2") is None
 
 
 # ---- uploads ------------------------------------------------------------------------------------------------------
@@ -334,19 +391,19 @@ def claiming(width: int, height: int) -> bytes:
 def test_what_is_no_image_or_too_large_is_refused(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "x.png").write_bytes(data)
     with pytest.raises(ValueError, match=message):
-        edit.read_upload({"path": str(tmp_path / "x.png")})
+        uploads.read_upload({"path": str(tmp_path / "x.png")}, 4096)
 
 
 @pytest.mark.parametrize("nothing", [None, {}, {"path": None, "url": "data:image/png;base64,AAAA"}])
 def test_no_upload_is_asked_for(nothing: Any) -> None:
     with pytest.raises(ValueError, match="upload an image or choose an example first"):
-        edit.read_upload(nothing)
+        uploads.read_upload(nothing, 4096)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "I;16"])
 def test_any_kind_of_pixels_becomes_rgb(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(np.zeros((9, 7), np.uint16)) if mode == "I;16" else Image.new("RGB", (7, 9)).convert(mode)
-    read = edit.read_upload(upload(image, tmp_path / "x.png"))
+    read = uploads.read_upload(upload(image, tmp_path / "x.png"), 4096)
     assert read.mode == "RGB" and read.size == (7, 9)
 
 
@@ -355,81 +412,69 @@ def test_a_photo_taken_sideways_is_read_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
     sent = upload(upright.transpose(Image.Transpose.ROTATE_90), tmp_path / "x.png", exif=exif)
-    assert same(edit.read_upload(sent), upright.convert("RGB"))
+    assert same(uploads.read_upload(sent, 4096), upright.convert("RGB"))
 
 
 def test_an_enlarged_image_of_the_model_is_recognised_exactly(picture: Image.Image) -> None:
     shown = enlarge(picture)
     assert shown.size == (384, 384)
-    small, exact = edit.to_model_size(shown, (SIDE, SIDE))
+    small, exact = uploads.to_model_size(shown, (SIDE, SIDE))
     assert exact and same(small, picture)
     touched = shown.copy()
     touched.putpixel((100, 100), (1, 2, 3))
     for other in (touched, picture, shown.crop((0, 0, 384, 376)), shown.resize((100, 100))):
-        small, exact = edit.to_model_size(other, (SIDE, SIDE))
+        small, exact = uploads.to_model_size(other, (SIDE, SIDE))
         assert not exact and small.size == (SIDE, SIDE)
-    assert same(edit.to_model_size(picture, (SIDE, SIDE))[0], picture)
+    assert same(uploads.to_model_size(picture, (SIDE, SIDE))[0], picture)
 
 
 # ---- the part to redraw -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("region", "box", "message"),
-    [
-        ("Inside", BOX, "redraw must be 'The box' or 'Everything but the box'"),
-        (None, BOX, "redraw must be"),
-        (edit.INSIDE, (0.5, 0, 0.5, 1), "the box is empty: top must be above bottom"),
-        (edit.INSIDE, (0, 0.75, 1, 0.25), "left must be left of right"),
-        (edit.OUTSIDE, (0.5, 0, 0.5, 1), "the box is empty"),
-        (edit.INSIDE, (-0.1, 0, 1, 1), "Top must be a number from 0 to 1; got -0.1"),
-        (edit.INSIDE, (0, None, 1, 1), "Left must be a number from 0 to 1; got None"),
-        (edit.INSIDE, (0, 0, NAN, 1), "Bottom must be a number from 0 to 1; got nan"),
-        (edit.INSIDE, (0, 0, 1, 2), "Right must be a number from 0 to 1; got 2"),
-        (edit.INSIDE, (0.05, 0, 0.1, 1), "nothing would be redrawn: the model works in 4 x 4 cells"),
-        (edit.OUTSIDE, (0, 0, 1, 1), "nothing would be redrawn"),
-    ],
+    "marks", [None, 7, "", "0000", LOWER + "/1111", "0000/0000/1111/111", "0000/0000/1111/112x", LOWER + "\n"]
 )
-def test_an_impossible_box_is_refused(
-    models: Models, pipeline: Any, picture: Image.Image, tmp_path: Path, region: Any, box: Any, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        edit.check_region(pipeline, region, box)
+def test_marks_of_another_shape_are_refused(models: Models, picture: Image.Image, tmp_path: Path, marks: Any) -> None:
     sent = upload(picture, tmp_path / "x.png")
-    assert message[1:] in refused(lambda: redraw(models, sent, region=region, box=box))
-    shown, note = edit.preview(models, NAME, sent, region, *box)  # the preview says so beside the image
-    assert message[1:] in note and shown is not None and same(shown, enlarge(picture))
+    assert "The marks must be 4 rows of 4 cells" in refused(lambda: redraw(models, sent, marks=marks))
 
 
-def test_the_preview_tints_what_will_be_redrawn(models: Models, picture: Image.Image, tmp_path: Path) -> None:
-    sent = upload(enlarge(picture), tmp_path / "x.png")
-    before = np.asarray(picture)
-    for region, rows in ((edit.INSIDE, slice(4, 8)), (edit.OUTSIDE, slice(0, 4))):
-        shown, note = edit.preview(models, NAME, sent, region, *BOX)
-        assert shown is not None and note == "**50%** of the image will be redrawn."
-        changed = (np.asarray(edit.to_model_size(shown, (SIDE, SIDE))[0]) != before).any(-1)
-        assert changed[rows].all() and changed.sum() == 32
-    assert edit.preview(models, NAME, None, edit.INSIDE, *BOX) == (None, "")
+def test_no_marks_are_asked_for(models: Models, picture: Image.Image, tmp_path: Path) -> None:
+    sent = upload(picture, tmp_path / "x.png")
+    assert "Nothing would be redrawn" in refused(lambda: redraw(models, sent, marks="0000/0000/0000/0000"))
+
+
+def test_the_first_marks_are_the_lower_half_and_can_be_read() -> None:
+    assert painter.lower_half((4, 4)) == LOWER
+    assert painter.read_cells(painter.lower_half((3, 2)), (3, 2)).tolist() == [[False] * 2, [False] * 2, [True] * 2]
+
+
+def test_the_painter_shows_the_image_as_the_model_sees_it(models: Models, picture: Image.Image, tmp_path: Path) -> None:
+    shown = edit.preview(models, NAME, upload(enlarge(picture), tmp_path / "x.png"))
+    data = base64.b64decode(shown["image"].partition("base64,")[2])
+    assert same(Image.open(BytesIO(data)), enlarge(picture)) and (shown["rows"], shown["columns"]) == (4, 4)
+    assert edit.preview(models, NAME, None)["image"] == ""
 
 
 # ---- edit ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("region", "keep"), [(edit.INSIDE, "outside"), (edit.OUTSIDE, "inside")])
+@pytest.mark.parametrize("marks", [LOWER, "1001/0000/0110/1001", "1111/1001/1001/1111"])
 def test_an_edit_is_the_pipelines_and_keeps_the_tokens_around_it(
-    models: Models, pipeline: Any, picture: Image.Image, tmp_path: Path, region: str, keep: str
+    models: Models, pipeline: Any, picture: Image.Image, tmp_path: Path, marks: str
 ) -> None:
-    events = redraw(models, upload(enlarge(picture), tmp_path / "x.png"), region=region, label="2")
-    assert [e[1] for e in events[:-1]] == [f"Step {i} of 3 ..." for i in (1, 2, 3)]
+    events = redraw(models, upload(enlarge(picture), tmp_path / "x.png"), marks=marks, label="2")
+    assert [e[1] for e in events[1:-1]] == [f"Step {i} of 3 ..." for i in (1, 2, 3)]
     (before, after), note, _ = events[-1]
-    assert note.startswith("Redrawn in ") and same(before, enlarge(picture)) and not same(before, after)
-    arguments: dict[str, Any] = {"box": BOX, "keep": keep, "class_labels": 2, "seed": 3}
+    assert note.startswith("Redrawn ") and same(before, enlarge(picture)) and not same(before, after)
+    mask = torch.from_numpy(painter.read_cells(marks, (4, 4)))
+    arguments: dict[str, Any] = {"mask": mask, "class_labels": 2, "seed": 3}
     assert same(after, enlarge(pipeline.edit(picture, **arguments).images[0]))
     tokens = pipeline.edit(picture, output_type="latent", **arguments).images
     with torch.no_grad():
         given = pipeline.image_tokenizer.encode(image_to_tensor(picture, (SIDE, SIDE)).to(pipeline.device))
     layout = pipeline.image_tokenizer.layout
-    kept = keep_pyramid(layout, box_mask(layout.grids[-1], BOX, keep)).to(given.device)
+    kept = keep_pyramid(layout, 1 - mask.float()).to(given.device)
     assert torch.equal(tokens[:, kept], given[:, kept]) and not torch.equal(tokens[:, ~kept], given[:, ~kept])
 
 
@@ -447,8 +492,7 @@ def test_the_printed_python_makes_the_same_edit(
     elif kind == "palette":
         image = image.quantize(16)
     sent = upload(image, tmp_path / "image.png", **options)
-    rest = (0.25, 0.1, 0.75, 0.85, "Bag", *OTHER, 12)
-    *_, ((_, after), _, text) = edit.edit(models, NAME, sent, edit.OUTSIDE, *rest)
+    *_, ((_, after), _, text) = edit.edit(models, NAME, sent, "0110/1111/0000/1000", "Bag", *OTHER, 12)
     assert ("NEAREST" in text) == (kind == "own")
     monkeypatch.chdir(tmp_path)
     exec(compile(text, "printed", "exec"), {})
@@ -460,15 +504,14 @@ def test_the_printed_python_names_only_what_is_not_the_models_own(
 ) -> None:
     text = redraw(models, upload(enlarge(picture), tmp_path / "x.png"))[-1][2]
     assert repr(str(folder)) in text and ".resize((8, 8), Image.Resampling.NEAREST)" in text
-    assert "pipeline.edit(image, box=(0.5, 0, 1, 1), keep='outside', class_labels=None, seed=3)" in text
+    assert "pipeline.edit(image, mask=mask, class_labels=None, seed=3)" in text and LOWER in text
 
 
 def test_an_edit_refuses_bad_input_in_words(models: Models, picture: Image.Image, tmp_path: Path) -> None:
     sent = upload(picture, tmp_path / "x.png")
     assert "Upload an image or choose an example first" in refused(lambda: redraw(models, None))
     assert "No class is called 'hat'" in refused(lambda: redraw(models, sent, label="hat"))
-    rest = (*BOX, edit.FOLLOW, *OWN)
-    assert "Seed must be" in refused(lambda: list(edit.edit(models, NAME, sent, edit.INSIDE, *rest, None)))
+    assert "Seed must be" in refused(lambda: list(edit.edit(models, NAME, sent, LOWER, edit.FOLLOW, *OWN, None)))
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------
@@ -492,8 +535,14 @@ def _address(demo: Any) -> Iterator[str]:
     demo.close(verbose=False)
 
 
-def test_the_page_builds_and_offers_two_calls(demo: Any) -> None:
-    assert set(demo.get_api_info()["named_endpoints"]) == {"/generate", "/edit"}
+def test_the_page_builds_and_offers_a_call_a_tab(demo: Any) -> None:
+    assert set(demo.get_api_info()["named_endpoints"]) == {
+        "/generate",
+        "/reconstruct",
+        "/edit",
+        "/compare",
+        "/evaluate",
+    }
     dropdown = next(b for b in demo.blocks.values() if getattr(b, "elem_id", None) == "model")
     assert dropdown.value == NAME and dropdown.choices[0] == (NAME, NAME)
 
@@ -504,9 +553,17 @@ def test_building_the_page_writes_nothing_into_the_package(demo: Any) -> None:
 
 def test_no_box_of_the_page_opens_uploads_by_itself(demo: Any) -> None:
     """gradio would open a broken file before the handler, and answer with a traceback."""
-    box = next(b for b in demo.blocks.values() if getattr(b, "elem_id", None) == "upload")
-    readers = [f for f in demo.fns.values() if box in f.inputs]
-    assert len(readers) == 5 and not any(f.preprocess for f in readers)
+    boxes = [b for b in demo.blocks.values() if getattr(b, "elem_id", None) in ("edit-upload", "reconstruct-upload")]
+    for box, count in zip(boxes, (3, 5), strict=True):
+        readers = [f for f in demo.fns.values() if box in f.inputs]
+        assert len(readers) == count and not any(f.preprocess for f in readers)
+
+
+def test_short_and_long_requests_wait_in_two_lines_of_one_at_a_time(demo: Any) -> None:
+    lanes = {f.api_name: f.concurrency_id for f in demo.fns.values()}
+    assert [lanes[n] for n in ("generate", "reconstruct", "edit")] == ["network"] * 3
+    assert [lanes[n] for n in ("compare", "evaluate")] == ["long"] * 2
+    assert {f.concurrency_limit for f in demo.fns.values() if f.concurrency_id in ("network", "long")} == {1}
 
 
 def call(address: str, name: str, data: list[Any]) -> str:
@@ -541,11 +598,11 @@ def test_the_served_page_generates(models: Models, address: str) -> None:
 
 
 def test_the_served_page_edits_an_upload(models: Models, address: str, picture: Image.Image, tmp_path: Path) -> None:
-    values = [edit.INSIDE, *BOX, edit.FOLLOW, *OWN, 3]
+    values = [LOWER, edit.FOLLOW, *OWN, 3]
     answer = call(address, "edit", [NAME, send(address, png(enlarge(picture))), *values])
     assert answer.startswith("event: complete"), answer
     (_, after), note, _ = json.loads(answer.split("data: ")[1])
-    assert note.startswith("Redrawn in ")
+    assert note.startswith("Redrawn 50% in ")
     with urllib.request.urlopen(after["url"], timeout=60) as reply:
         shown = Image.open(BytesIO(reply.read()))
     assert same(shown, redraw(models, upload(enlarge(picture), tmp_path / "x.png"))[-1][0][1])
@@ -554,7 +611,7 @@ def test_the_served_page_edits_an_upload(models: Models, address: str, picture: 
 def test_the_served_page_answers_a_broken_upload_with_a_sentence(
     address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    values = [edit.INSIDE, *BOX, edit.FOLLOW, *OWN, 3]
+    values = [LOWER, edit.FOLLOW, *OWN, 3]
     answer = call(address, "edit", [NAME, send(address, b"no image at all"), *values])
     assert answer.startswith("event: error") and "This file is not an image that can be read" in answer
     assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
@@ -563,7 +620,7 @@ def test_the_served_page_answers_a_broken_upload_with_a_sentence(
 def test_the_served_page_reads_no_file_that_was_not_uploaded(
     address: str, picture: Image.Image, tmp_path: Path
 ) -> None:
-    values = [edit.INSIDE, *BOX, edit.FOLLOW, *OWN, 3]
+    values = [LOWER, edit.FOLLOW, *OWN, 3]
     answer = call(address, "edit", [NAME, upload(picture, tmp_path / "secret.png"), *values])
     assert answer.startswith("event: error") and "Redrawn" not in answer
 

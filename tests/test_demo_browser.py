@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -108,6 +109,16 @@ class Browser:
         self.run("arguments[0].scrollIntoView({block: 'center'})", {ELEMENT: element})
         self.call("POST", f"/element/{element}/click", {})
 
+    def drag(self, selector: str, start: tuple[float, float], end: tuple[float, float]) -> None:
+        """Press at one place of an element, as shares of its sides, and let go at another."""
+        script = "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'}); "
+        box = self.run(script + "const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]", selector)
+        a, b = ([round(box[i] + share * box[i + 2]) for i, share in enumerate(place)] for place in (start, end))
+        actions: list[dict[str, Any]] = [{"type": "pointerMove", "x": a[0], "y": a[1], "duration": 0}]
+        actions += [{"type": "pointerDown", "button": 0}]
+        actions += [{"type": "pointerMove", "x": b[0], "y": b[1], "duration": 400}, {"type": "pointerUp", "button": 0}]
+        self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]})
+
     def send_file(self, selector: str, path: Path) -> None:
         self.call("POST", f"/element/{self.find(selector)}/value", {"text": str(path)})
 
@@ -198,53 +209,87 @@ def test_generate_shows_images_scales_and_command(browser: Browser, shots: Path)
     wait("the scales", lambda: browser.pictures("#scales") >= 3)
     assert "varkit sample" in browser.text("#command") and "--seed 0" in browser.text("#command")
     browser.screenshot(shots / "generate-1280.png")
-    browser.width(400, 900)
+    browser.width(390, 844)
     time.sleep(1)
-    assert browser.run("return document.documentElement.scrollWidth") <= 400  # nothing sticks out on a phone
-    browser.screenshot(shots / "generate-400.png", whole=True)
+    assert browser.run("return document.documentElement.scrollWidth") <= 390  # nothing sticks out on a phone
+    browser.screenshot(shots / "generate-390.png", whole=True)
     browser.width(1280, 900)
     assert browser.errors() == []
 
 
 def test_edit_redraws_an_example_and_an_upload(browser: Browser, shots: Path, tmp_path: Path) -> None:
     tab(browser, "Edit")
-    wait("the examples", lambda: browser.pictures("#examples") >= 4)
-    wait("the preview", lambda: browser.pictures("#preview") == 1)
-    first = browser.run("return document.querySelector('#preview img').src")
-    browser.run("document.querySelectorAll('#examples img')[1].click()")
-    wait("its preview", lambda: browser.run("return document.querySelector('#preview img').src") != first)
+    wait("the examples", lambda: browser.pictures("#edit-examples") >= 4)
+    wait("the preview", lambda: browser.pictures("#painter") == 1)
+    first = browser.run("return document.querySelector('#painter img').src")
+    browser.run("document.querySelectorAll('#edit-examples img')[1].click()")
+    wait("its preview", lambda: browser.run("return document.querySelector('#painter img').src") != first)
+    browser.run("document.querySelector('#painter [data-tool=clear]').click()")
+    browser.drag("#painter canvas", (0.1, 0.1), (0.9, 0.1))  # the upper row of cells, by hand
     browser.click("#edit-button")
     wait("the edit of the example", lambda: "Redrawn" in browser.text("#edit-status"))
     wait("before and after", lambda: browser.pictures("#result") >= 2)
     assert "Image.Resampling.NEAREST" in browser.text("#snippet")
+    marks = re.search(r'"([01/]+)"', browser.text("#snippet"))
+    assert marks is not None and set(marks[1].split("/")[0]) == {"1"} and set(marks[1].split("/")[-1]) == {"0"}
     browser.screenshot(shots / "edit-1280.png")
-    browser.width(400, 900)
+    browser.width(390, 844)
     time.sleep(1)
-    assert browser.run("return document.documentElement.scrollWidth") <= 400
-    browser.screenshot(shots / "edit-400.png", whole=True)
+    assert browser.run("return document.documentElement.scrollWidth") <= 390
+    browser.screenshot(shots / "edit-390.png", whole=True)
     browser.width(1280, 900)
 
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "photo.jpg")
-    browser.run("document.querySelector('#upload button[aria-label*=Clear], #upload button[title*=Clear]')?.click()")
-    wait("the file box", lambda: browser.run("return !!document.querySelector('#upload input[type=file]')"))
-    browser.send_file("#upload input[type=file]", tmp_path / "photo.jpg")
-    wait("the upload", lambda: browser.pictures("#upload") >= 1)
+    empty_upload(browser)
+    wait("the file box", lambda: browser.run("return !!document.querySelector('#edit-upload input[type=file]')"))
+    browser.send_file("#edit-upload input[type=file]", tmp_path / "photo.jpg")
+    wait("the upload", lambda: browser.pictures("#edit-upload") >= 1)
     browser.click("#edit-button")
     wait("the edit of the upload", lambda: "LANCZOS" not in browser.text("#snippet") and ran(browser))
     assert browser.errors() == []
+
+
+def empty_upload(browser: Browser) -> None:
+    box = "#edit-upload button"
+    clear = f"{box}[aria-label*=Clear], {box}[title*=Clear], {box}[aria-label*=Remove]"
+    browser.run("document.querySelector(arguments[0])?.click()", clear)
 
 
 def ran(browser: Browser) -> bool:
     return "NEAREST" not in browser.text("#snippet") and "Redrawn" in browser.text("#edit-status")
 
 
+def test_reconstruct_and_compare_show_what_they_did(browser: Browser, shots: Path) -> None:
+    tab(browser, "Reconstruct")
+    wait("an example in the box", lambda: browser.pictures("#reconstruct-upload") >= 1)
+    browser.click("#reconstruct-button")
+    wait("the reconstruction", lambda: "PSNR" in browser.text("#reconstruct-status"))
+    wait("its scales", lambda: browser.pictures("#reconstruct-scales") >= 3)
+    browser.screenshot(shots / "reconstruct-1280.png")
+    tab(browser, "Compare")
+    browser.click("#compare-button")
+    wait("both sides", lambda: "images are the same" in browser.text("#compare-status"))
+    wait("their images", lambda: browser.pictures("#compare-images-B") >= 3)
+    browser.screenshot(shots / "compare-1280.png")
+    tab(browser, "Evaluate")
+    assert "fashion" not in browser.text("#evaluate-scores")
+    for name in ("Reconstruct", "Compare", "Evaluate"):
+        tab(browser, name)
+        browser.width(390, 844)
+        time.sleep(1)
+        assert browser.run("return document.documentElement.scrollWidth") <= 390
+        browser.screenshot(shots / f"{name.lower()}-390.png", whole=True)
+        browser.width(1280, 900)
+    assert browser.errors() == []
+
+
 def test_a_too_large_image_is_refused_in_words(browser: Browser, tmp_path: Path) -> None:
     tab(browser, "Edit")
     Image.new("1", (5000, 10)).save(tmp_path / "wide.png")
-    browser.run("document.querySelector('#upload button[aria-label*=Clear], #upload button[title*=Clear]')?.click()")
-    wait("the file box", lambda: browser.run("return !!document.querySelector('#upload input[type=file]')"))
-    browser.send_file("#upload input[type=file]", tmp_path / "wide.png")
+    empty_upload(browser)
+    wait("the file box", lambda: browser.run("return !!document.querySelector('#edit-upload input[type=file]')"))
+    browser.send_file("#edit-upload input[type=file]", tmp_path / "wide.png")
     wait("the refusal", lambda: "5000 x 10 pixels" in browser.text("body"))
     assert "Traceback" not in browser.text("body")
 

@@ -514,14 +514,24 @@ def info(
 @app.command()
 @refusing
 def demo(
-    model: Annotated[str, typer.Option(help="A shipped model or a saved folder.")] = "fashion-var",
+    model: Annotated[
+        list[str] | None, typer.Option(help="A shipped model or a saved folder. Repeatable. Default: fashion-var.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    reference: Annotated[str, typer.Option(help="Real images that Evaluate scores against.")] = "fashion-mnist",
+    max_images: Annotated[int, typer.Option(min=1, help="Images of one request.")] = 16,
+    max_evaluated: Annotated[int, typer.Option(min=16, help="Images of one evaluation.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue, of all visitors.")] = 200,
+    max_upload_mb: Annotated[int, typer.Option(min=1, help="Megabytes of an uploaded file.")] = 10,
+    max_side: Annotated[int, typer.Option(min=1, help="Pixels of an uploaded image's longer side.")] = 4096,
 ) -> None:
     """Open the web demo (needs the extra `app`)."""
     from varkit.demo.app import launch
+    from varkit.demo.limits import Limits
 
-    launch(host=host, port=port, model=model)
+    limits = Limits(max_images, max_evaluated, max_waiting, max_upload_mb, max_side)
+    launch(host=host, port=port, model=model or ["fashion-var"], limits=limits, reference=reference)
 
 
 def main() -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from varkit.demo.common import Models, need_gradio
+from varkit.demo.limits import Limits
 
-MAX_UPLOAD = "10mb"
-MAX_WAITING = 32
 SYSTEM_FONTS = ("system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif")
 MONO_FONTS = ("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
 
@@ -30,29 +29,41 @@ CSS = """
 .pictures .grid-container { padding: 0 !important; }
 .pictures .empty { min-height: 130px !important; }
 .pictures .caption-label { font-size: 0.72rem; padding: 1px 6px; right: 4px; bottom: 4px; max-width: calc(100% - 8px); }
-#examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
-#examples .thumbnail-item, #examples .gallery-item { min-width: 0 !important; width: 100% !important; }
+.examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
+.examples .thumbnail-item, .examples .gallery-item { min-width: 0 !important; width: 100% !important; }
+.run-row { flex-wrap: nowrap !important; }
 .seed-row { align-items: end; }
-#command .cm-scroller, #snippet .cm-scroller { font-size: 0.85rem; }
+.cm-scroller { font-size: 0.85rem; }
+#evaluate-scores { overflow-x: auto; }
+#evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
 @media (max-width: 640px) {
-  #images .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
-  #scales .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; }
+  .tab-wrapper, .tab-container { min-width: 0 !important; }
+  .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
+  .gradio-container main, .gradio-container .app { padding-left: 12px !important; padding-right: 12px !important; }
+  #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container {
+    grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
+  }
 }
 """
 
 
-def build_demo(models: Sequence[str | Path] = ()) -> Any:
+def build_demo(
+    models: Sequence[str | Path] = (), limits: Limits | None = None, reference: str = "fashion-mnist"
+) -> Any:
     """The page as `gr.Blocks`, not yet served.
 
-    Args: models: what to offer, the first of them shown first: shipped names, saved pipeline folders, released
-        checkpoints. The shipped models are always offered too.
+    Args:
+        models: what to offer, the first of them shown first: shipped names, saved pipeline folders, released
+            checkpoints. The shipped models are always offered too.
+        limits: how much a visitor may ask for.
+        reference: the real images that the tab "Evaluate" scores against, as `varkit eval` takes them.
     Raises: ImportError without gradio; ValueError when there is no model, or the first cannot be opened.
     """
     gr = need_gradio()
-    from varkit.demo import class_to_image, edit
+    from varkit.demo import class_to_image, compare, edit, evaluate, reconstruct
     from varkit.pipelines.auto import zoo_models
 
-    offered = Models([*models, *zoo_models()])
+    offered = Models([*models, *zoo_models()], limits)
     offered.open(offered.names[0])
     with gr.Blocks(title="varkit", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         with gr.Row(elem_id="header"):
@@ -62,8 +73,11 @@ def build_demo(models: Sequence[str | Path] = ()) -> Any:
                 model = gr.Dropdown(offered.names, value=offered.names[0], label="Model", elem_id="model")
         with gr.Tabs():
             class_to_image.add_tab(offered, model)
+            reconstruct.add_tab(offered, model)
             edit.add_tab(offered, model)
-    demo.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+            compare.add_tab(offered)
+            evaluate.add_tab(offered, model, reference)
+    demo.queue(max_size=offered.limits.waiting, default_concurrency_limit=1)
     return demo
 
 
@@ -73,6 +87,8 @@ def launch(
     share: bool = False,
     inbrowser: bool = False,
     model: str | Path | Sequence[str | Path] = "fashion-var",
+    limits: Limits | None = None,
+    reference: str = "fashion-mnist",
 ) -> None:
     """Serve the page until interrupted.
 
@@ -81,10 +97,12 @@ def launch(
         share: ask gradio for a public address (this goes through gradio's servers).
         inbrowser: open the page in this machine's browser.
         model: one or several names or folders to offer, the first shown first.
+        limits, reference: see `build_demo`.
     Raises: ImportError without gradio; ValueError when the model cannot be opened or the port is taken.
     """
     gr = need_gradio()
-    demo = build_demo([model] if isinstance(model, str | Path) else model)
+    limits = limits or Limits()
+    demo = build_demo([model] if isinstance(model, str | Path) else model, limits, reference)
     theme = gr.themes.Default(
         primary_hue="indigo",
         neutral_hue="slate",
@@ -99,7 +117,7 @@ def launch(
             inbrowser=inbrowser,
             theme=theme,
             css=CSS,
-            max_file_size=MAX_UPLOAD,
+            max_file_size=limits.upload_mb * 2**20,
             footer_links=["api", "gradio", "settings"],
             run_history=False,
             ssr_mode=False,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -11,39 +10,37 @@ from typing import Any
 import torch
 
 from varkit.demo.common import (
-    MAX_IMAGES,
-    NETWORK,
     SETTINGS,
     Models,
-    Step,
     check_class,
     check_seed,
     check_settings,
-    class_choices,
     class_name,
     defaults,
     enlarge,
     is_pyramid,
     need_gradio,
     readable_errors,
-    seed_controls,
-    setting_controls,
     setting_updates,
-    stream,
     whole,
 )
+from varkit.demo.controls import (
+    ALL,
+    RANDOM,
+    buttons,
+    choices,
+    code,
+    default_number,
+    gallery,
+    heading,
+    note,
+    seed_controls,
+    setting_controls,
+    wire,
+    wire_model,
+)
+from varkit.demo.running import Step, run
 from varkit.rng import Draw, Rng
-
-ALL, RANDOM = "all", "random"
-
-
-def choices(pipeline: Any) -> list[tuple[str, str]]:
-    return [("All classes, one after another", ALL), ("Random classes", RANDOM), *class_choices(pipeline)]
-
-
-def default_number(pipeline: Any) -> int:
-    classes = pipeline.transformer.num_classes
-    return classes if 4 <= classes <= MAX_IMAGES else 8
 
 
 def labels_for(pipeline: Any, choice: Any, rng: Rng) -> list[int]:
@@ -84,25 +81,28 @@ def generate(models: Models, name: str, choice: str, num: Any, *rest: Any) -> It
     with readable_errors():
         gr = need_gradio()
         pipeline = models.open(name)
-        num = whole("Number of images", num, 1, MAX_IMAGES)
+        num = whole("Number of images", num, 1, models.limits.images)
         settings, seed = check_settings(pipeline, rest[:-1]), check_seed(rest[-1])
         rng = Rng.from_seed(seed, num)
         labels = labels_for(pipeline, choice, rng)
         line = command(models.source(name), labels, seed, settings, defaults(pipeline))
         grids = pipeline.image_tokenizer.layout.grids
         scales: list[tuple[Any, str]] = []
-        began = time.perf_counter()
         yield gr.skip(), [], "Starting ...", line
-        for event in stream(partial(pipeline, labels, rng=rng, **settings), is_pyramid(pipeline)):
+        for event in run(models.turns, partial(pipeline, labels, rng=rng, **settings), is_pyramid(pipeline)):
             if isinstance(event, Step):
                 if event.image is not None:
                     caption = " x ".join(map(str, grids[len(scales)])) if len(scales) < len(grids) else ""
                     scales.append((enlarge(event.image), caption))
                 yield gr.skip(), list(scales), f"Step {event.number} of {event.total} ...", line
                 continue
-            seconds = time.perf_counter() - began
-            images = [(enlarge(i), class_name(pipeline, c)) for i, c in zip(event.images, labels, strict=True)]
-            yield images, scales, status(event, seconds, pipeline.device.type), line
+            images = captioned(pipeline, event.result.images, labels)
+            yield images, scales, status(event.result, event.seconds, pipeline.device.type), line
+
+
+def captioned(pipeline: Any, images: Sequence[Any], labels: Sequence[int]) -> list[tuple[Any, str]]:
+    """Enlarged images with the names of their classes."""
+    return [(enlarge(i), class_name(pipeline, c)) for i, c in zip(images, labels, strict=True)]
 
 
 def status(result: Any, seconds: float, device: str) -> str:
@@ -121,7 +121,11 @@ def refresh(models: Models, name: str) -> list[Any]:
         gr = need_gradio()
         pipeline = models.open(name)
         picker = gr.update(choices=choices(pipeline), value=ALL)
-        return [picker, default_number(pipeline), *(gr.update(**u) for u in setting_updates(pipeline))]
+        return [
+            picker,
+            default_number(pipeline, models.limits.images),
+            *(gr.update(**u) for u in setting_updates(pipeline)),
+        ]
 
 
 def add_tab(models: Models, model: Any) -> None:
@@ -130,68 +134,26 @@ def add_tab(models: Models, model: Any) -> None:
     Args: model: the dropdown that holds the model's name.
     """
     gr = need_gradio()
-    pipeline = models.open(models.names[0])
+    pipeline, most = models.open(models.names[0]), models.limits.images
     with gr.Tab("Generate", id="generate"), gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             picker = gr.Dropdown(choices(pipeline), value=ALL, label="Class", elem_id="class")
-            num = gr.Slider(1, MAX_IMAGES, default_number(pipeline), step=1, label="Images", elem_id="num")
+            num = gr.Slider(1, most, default_number(pipeline, most), step=1, label="Images", elem_id="num")
             settings = setting_controls(pipeline)
             seed = seed_controls()
-            button = gr.Button("Generate", variant="primary", size="lg", elem_id="generate-button")
+            start_stop = buttons("Generate", "generate")
         with gr.Column(scale=5, min_width=320):
-            images = gr.Gallery(
-                label="Images",
-                show_label=False,
-                columns=5,
-                height="auto",
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                fit_columns=False,
-                buttons=["download", "download_all", "fullscreen"],
-                elem_id="images",
-                elem_classes="pictures",
-            )
-            note = gr.Markdown("Choose a class and press **Generate**.", elem_id="status", elem_classes="note")
-            gr.Markdown("Coarse to fine: the first image after each step", elem_classes="heading")
-            scales = gr.Gallery(
-                label="Coarse to fine",
-                show_label=False,
-                columns=6,
-                height="auto",
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                fit_columns=False,
-                buttons=["fullscreen"],
-                elem_id="scales",
-                elem_classes="pictures",
-            )
-            line = gr.Code(
-                label="The same images from the command line",
-                language="shell",
-                interactive=False,
-                lines=1,
-                wrap_lines=True,
-                show_line_numbers=False,
-                buttons=["copy"],
-                elem_id="command",
-            )
-    button.click(
+            images = gallery("Images", "images", 5, buttons=["download", "download_all", "fullscreen"])
+            status_line = note("Choose a class and press **Generate**.", "status")
+            heading("Coarse to fine: the first image after each step")
+            scales = gallery("Coarse to fine", "scales", 6)
+            line = code("The same images from the command line", "command")
+    wire(
+        start_stop,
         partial(generate, models),
         [model, picker, num, *settings, seed],
-        [images, scales, note, line],
-        api_name="generate",
-        concurrency_limit=1,
-        concurrency_id=NETWORK,
-        show_progress="minimal",
-        show_progress_on=note,
+        [images, scales, status_line, line],
+        name="generate",
+        status=status_line,
     )
-    model.change(
-        partial(refresh, models),
-        model,
-        [picker, num, *settings],
-        api_visibility="private",
-        concurrency_limit=1,
-        concurrency_id=NETWORK,
-    )
+    wire_model(model, partial(refresh, models), [picker, num, *settings])

@@ -1,27 +1,29 @@
-"""What the tabs share: models on offer, checks of what a visitor sends, streaming, and sampling controls."""
+"""What the tabs share: models on offer, checks of what a visitor sends, and errors in words."""
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
+import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from varkit.demo.limits import Limits
+from varkit.demo.running import Turns
+
 logger = logging.getLogger(__name__)
 
-MAX_IMAGES = 16
 MAX_SEED = 2**31 - 1
 MAX_TEMPERATURE = 5.0
 SHOWN_SIDE = 384  # small images are enlarged to about this many pixels a side
-NETWORK = "network"  # one queue for everything that runs a network
+PATH = re.compile(r"(?:^|[\s'\"(\[=])(?:~|[A-Za-z]:)?[\\/]\w")
+"""What may be a path of the server; no visitor reads a message that matches."""
 
 
 def need_gradio() -> Any:
@@ -37,12 +39,15 @@ def need_gradio() -> Any:
 class Models:
     """The models a visitor may choose: each is opened on first use and kept.
 
-    Args: sources: what `AutoPipeline` opens: shipped names, folders, checkpoints. The visitor sees and
-        sends only short names, so no path ever comes from a browser.
-    Raises: ValueError when there is none.
+    Args:
+        sources: what `AutoPipeline` opens: shipped names, folders, checkpoints. The visitor sends only short names,
+            so no path ever comes from a browser.
+        limits: how much a visitor may ask for.
+    Raises: ValueError when there is no source.
     """
 
-    def __init__(self, sources: Sequence[str | Path]) -> None:
+    def __init__(self, sources: Sequence[str | Path], limits: Limits | None = None) -> None:
+        self.limits, self.turns = limits or Limits(), Turns()
         self.sources: dict[str, str] = {}
         for source in dict.fromkeys(str(s) for s in sources):
             name = base = Path(source).name or source
@@ -63,7 +68,7 @@ class Models:
     def source(self, name: str) -> str:
         """What the command line calls the model. Raises ValueError when it is not on offer."""
         if name not in self.sources:
-            raise ValueError(f"no model on offer is called {str(name)[:80]!r}; choose one of {', '.join(self.names)}")
+            raise ValueError(f"that model is not on offer; choose one of {', '.join(self.names)}")
         return self.sources[name]
 
     def open(self, name: str) -> Any:
@@ -81,7 +86,7 @@ class Models:
     def examples(self, name: str, count: int = 6) -> list[Image.Image]:
         """A few images drawn by the model itself, made once; none where that would take minutes."""
         pipeline = self.open(name)
-        with self._lock:
+        with self.turns.take():
             if name not in self._examples:
                 weights = sum(p.numel() for p in pipeline.transformer.parameters())
                 slow = weights > 100e6 and pipeline.device.type == "cpu"
@@ -98,13 +103,12 @@ def readable_errors() -> Iterator[None]:
         yield
     except gr.Error:
         raise
-    except (ValueError, TypeError) as error:
+    except Exception as error:
         text = " ".join(str(error).split())
+        if not isinstance(error, ValueError | TypeError) or PATH.search(text):
+            logger.exception("a request failed")
+            text = "This request failed on the server; its log says why. Another model or smaller number may work."
         raise gr.Error(text[:1].upper() + text[1:], print_exception=False) from None
-    except Exception:
-        logger.exception("a request failed")
-        message = "This request failed on the server; its log says why. Another model or smaller number may work."
-        raise gr.Error(message, print_exception=False) from None
 
 
 def number(what: str, value: Any, low: float, high: float) -> float:
@@ -138,54 +142,6 @@ def enlarge(image: Image.Image) -> Image.Image:
     """Small images by a whole factor, each pixel a square; large ones as they are."""
     k = factor(*image.size)
     return image.resize((image.width * k, image.height * k), Image.Resampling.NEAREST) if k > 1 else image
-
-
-@dataclass
-class Step:
-    """One step of a run: `image` is the first image so far, where the tokenizer can show it."""
-
-    number: int
-    total: int
-    image: Image.Image | None
-
-
-class _Stopped(Exception):
-    """The visitor is gone: leave the sampling loop."""
-
-
-def stream(run: Callable[..., Any], preview: bool) -> Iterator[Any]:
-    """Call `run(callback_on_step_end=...)` in a thread; yield a `Step` after each step, at last its result.
-
-    When the consumer stops early, so does the run, at its next step.
-    """
-    events: queue.Queue[Any] = queue.Queue()
-    stop = threading.Event()
-
-    def on_step(pipeline: Any, step: int, position: int, state: dict[str, Any]) -> None:
-        if stop.is_set():
-            raise _Stopped
-        image = pipeline.to_images(state["tokens"][:1])[0] if preview else None
-        events.put(Step(step + 1, state["num_steps"], image))
-
-    def work() -> None:
-        try:
-            events.put(run(callback_on_step_end=on_step))
-        except BaseException as error:
-            events.put(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while True:
-            event = events.get()
-            if isinstance(event, BaseException):
-                raise event
-            yield event
-            if not isinstance(event, Step):
-                return
-    finally:
-        stop.set()
-        thread.join()
 
 
 def is_pyramid(pipeline: Any) -> bool:
@@ -248,30 +204,3 @@ def setting_updates(pipeline: Any) -> list[dict[str, Any]]:
         {"value": default["top_p"]},
         {"value": default["more_smooth"]},
     ]
-
-
-def setting_controls(pipeline: Any) -> list[Any]:
-    """A guidance slider and an accordion with the rest, at the model's defaults."""
-    gr = need_gradio()
-    guidance, temperature, top_k, top_p, more_smooth = setting_updates(pipeline)
-    controls = [
-        gr.Slider(1, step=0.1, label="Guidance", info="1 is off; higher follows the class more closely", **guidance)
-    ]
-    with gr.Accordion("Sampling", open=False):
-        controls += [
-            gr.Slider(0.1, step=0.05, label="Temperature", info="Below 1 safer, above 1 more varied", **temperature),
-            gr.Slider(0, step=1, label="Top-k", info="Choose among the k likeliest codes; 0 is off", **top_k),
-            gr.Slider(0.05, 1, step=0.01, label="Top-p", info="Choose among this share of likely codes", **top_p),
-            gr.Checkbox(label="Smoother pictures", info="Blends codes: nicer to look at, less exact", **more_smooth),
-        ]
-    return controls
-
-
-def seed_controls() -> Any:
-    """A seed box with its button, wired; returns the box."""
-    gr = need_gradio()
-    with gr.Row(equal_height=True, elem_classes="seed-row"):
-        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, scale=2, min_width=120)
-        button = gr.Button("New seed", scale=1, min_width=90, elem_classes="new-seed")
-    button.click(new_seed, outputs=seed, queue=False, show_progress="hidden", api_visibility="private")
-    return seed

@@ -1,0 +1,160 @@
+"""A brush for masks: the image as the model sees it, with the token cells that will be redrawn marked by hand.
+
+gradio's ImageEditor is not used: it keeps what browsers send in the server's memory without a limit, and a brush of
+pixels would promise more than cells of tokens can give. Here a mask is a short text, such as `0011/0011`.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from varkit.demo.common import need_gradio
+
+TEMPLATE = """
+<div class="painter" data-rows="${rows}" data-columns="${columns}">
+  <div class="stage"><img src="${image}" alt="The image as the model sees it" draggable="false"><canvas></canvas></div>
+  <div class="tools" role="toolbar" aria-label="Marks">
+    <button type="button" data-tool="left">Left half</button>
+    <button type="button" data-tool="right">Right half</button>
+    <button type="button" data-tool="upper">Upper half</button>
+    <button type="button" data-tool="lower">Lower half</button>
+    <button type="button" data-tool="frame">Frame</button>
+    <button type="button" data-tool="invert">Invert</button>
+    <button type="button" data-tool="clear">Clear</button>
+  </div>
+</div>
+"""
+
+STYLE = """
+.stage { position: relative; line-height: 0; border-radius: 8px; overflow: hidden; background: #8882; }
+.stage img { width: 100%; image-rendering: pixelated; user-select: none; margin: 0; }
+.stage img[src=""] { visibility: hidden; aspect-ratio: 1; }
+.stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; cursor: crosshair; }
+.tools { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
+.tools button { padding: 4px 10px; border: 1px solid var(--border-color-primary); border-radius: 6px;
+  background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); font-size: 0.85rem; }
+.tools button:hover { background: var(--button-secondary-background-fill-hover); }
+"""
+
+SCRIPT = """
+const part = (selector) => element.querySelector(selector);
+const sides = () => [Number(part('.painter').dataset.rows), Number(part('.painter').dataset.columns)];
+let cells = [], stroke = null, last = null;
+
+function read() {
+  const [rows, columns] = sides();
+  const lines = String(props.value || '').split('/');
+  cells = Array.from({length: rows}, (_, r) => Array.from({length: columns}, (_, c) => (lines[r] || '')[c] === '1'));
+}
+function draw() {
+  const [rows, columns] = sides(), canvas = part('canvas'), k = 32;
+  canvas.width = columns * k;
+  canvas.height = rows * k;
+  const pen = canvas.getContext('2d');
+  for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
+    pen.strokeStyle = 'rgba(128, 128, 128, 0.35)';
+    pen.strokeRect(c * k + 0.5, r * k + 0.5, k - 1, k - 1);
+    if (!cells[r][c]) continue;
+    pen.fillStyle = 'rgba(249, 115, 22, 0.6)';
+    pen.fillRect(c * k, r * k, k, k);
+  }
+}
+function send() {
+  props.value = cells.map((row) => row.map((cell) => (cell ? '1' : '0')).join('')).join('/');
+}
+function mark(event) {
+  const [rows, columns] = sides(), box = part('canvas').getBoundingClientRect();
+  const x = (event.clientX - box.left) / box.width * columns, y = (event.clientY - box.top) / box.height * rows;
+  const reach = Math.max(0.5, Math.max(rows, columns) / 24);
+  const from = last || [x, y], steps = Math.ceil(2 * Math.hypot(x - from[0], y - from[1])) || 1;
+  for (let i = 0; i <= steps; i++) {  // a quick stroke comes in a few points: fill in between
+    const px = from[0] + (x - from[0]) * i / steps, py = from[1] + (y - from[1]) * i / steps;
+    for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
+      if (Math.max(Math.abs(c + 0.5 - px), Math.abs(r + 0.5 - py)) <= reach) cells[r][c] = stroke;
+    }
+  }
+  last = [x, y];
+  draw();
+}
+const tools = {
+  left: (r, c, rows, columns) => c < columns / 2,
+  right: (r, c, rows, columns) => c >= columns / 2,
+  upper: (r, c, rows, columns) => r < rows / 2,
+  lower: (r, c, rows, columns) => r >= rows / 2,
+  frame: (r, c, rows, columns) => Math.min(r, rows - 1 - r) < rows / 4 || Math.min(c, columns - 1 - c) < columns / 4,
+  invert: (r, c) => !cells[r][c],
+  clear: () => false,
+};
+element.addEventListener('pointerdown', (event) => {
+  if (event.target.tagName !== 'CANVAS') return;
+  const [rows, columns] = sides(), box = event.target.getBoundingClientRect();
+  const r = Math.floor((event.clientY - box.top) / box.height * rows);
+  const c = Math.floor((event.clientX - box.left) / box.width * columns);
+  stroke = !(cells[r] || [])[c];
+  last = null;
+  event.target.setPointerCapture(event.pointerId);
+  mark(event);
+});
+element.addEventListener('pointermove', (event) => { if (stroke !== null) mark(event); });
+for (const end of ['pointerup', 'pointercancel']) {
+  element.addEventListener(end, () => { if (stroke !== null) { stroke = null; send(); } });
+}
+element.addEventListener('click', (event) => {
+  const tool = tools[event.target.dataset.tool];
+  if (!tool) return;
+  const [rows, columns] = sides();
+  cells = cells.map((row, r) => row.map((_, c) => tool(r, c, rows, columns)));
+  draw();
+  send();
+});
+watch(['value', 'image', 'rows', 'columns'], () => { if (stroke === null) { read(); draw(); } });
+read();
+draw();
+"""
+
+
+def painter(grid: Sequence[int], name: str) -> Any:
+    """The box.   grid: rows and columns of cells.   name: of its element."""
+    rows, columns = grid
+    return need_gradio().HTML(
+        lower_half(grid),
+        label="Marks",
+        html_template=TEMPLATE,
+        css_template=STYLE,
+        js_on_load=SCRIPT,
+        elem_id=name,
+        image="",
+        rows=rows,
+        columns=columns,
+    )
+
+
+def showing(image: Image.Image, grid: Sequence[int]) -> dict[str, Any]:
+    """Properties of the box that show this image under these cells."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return {"image": data, "rows": grid[0], "columns": grid[1]}
+
+
+def lower_half(grid: Sequence[int]) -> str:
+    """The marks at the start."""
+    return "/".join(("1" if 2 * row >= grid[0] else "0") * grid[1] for row in range(grid[0]))
+
+
+def read_cells(text: Any, grid: Sequence[int]) -> np.ndarray:
+    """(h, w) bool, True where redrawn. Raises: ValueError for another grid or text, and where nothing is marked."""
+    rows, columns = grid
+    if not isinstance(text, str) or not re.fullmatch(rf"[01]{{{columns}}}(/[01]{{{columns}}}){{{rows - 1}}}", text):
+        raise ValueError(f"the marks must be {rows} rows of {columns} cells, 0 or 1, with a slash between rows")
+    cells = np.array([[cell == "1" for cell in row] for row in text.split("/")])
+    if not cells.any():
+        raise ValueError("nothing would be redrawn: mark what is to be redrawn first")
+    return cells

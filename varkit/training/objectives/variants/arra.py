@@ -59,6 +59,9 @@ class FrozenEncoder(nn.Module):
     Raises: ConfigError on an unknown name or weights that are not to be had or do not fit.
     """
 
+    mean: Tensor  # 1 3 1 1
+    std: Tensor
+
     def __init__(self, name: str, weights: str) -> None:
         super().__init__()
         import timm
@@ -80,7 +83,7 @@ class FrozenEncoder(nn.Module):
         self.size: tuple[int, int] = tuple(data["input_size"][1:])
         self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(data["std"]).view(1, 3, 1, 1))
-        self.dim: int = getattr(self.model, "head_hidden_size", None) or self.model.num_features
+        self.dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
 
     def _load(self, path: Path) -> None:
         if not path.is_file():

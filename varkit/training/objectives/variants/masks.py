@@ -20,7 +20,7 @@ def random_subset(rng: Rng, candidates: Tensor, counts: int | Tensor, kind: int)
     """
     u = rng.uniform(torch.arange(len(candidates)), kind)  # B L
     u = u.masked_fill(~candidates.to(u.device), 2.0)
-    rank = u.argsort(-1, stable=True).argsort(-1)
+    rank = u.argsort(dim=-1, stable=True).argsort(-1)
     counts = torch.as_tensor(counts, device=u.device).reshape(-1, 1)
     return (rank < counts) & candidates.to(u.device)
 

@@ -83,7 +83,8 @@ class FrozenEncoder(nn.Module):
         self.size: tuple[int, int] = tuple(data["input_size"][1:])
         self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(data["std"]).view(1, 3, 1, 1))
-        self.dim = int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
+        model: Any = self.model
+        self.dim = int(getattr(model, "head_hidden_size", None) or model.num_features)
 
     def _load(self, path: Path) -> None:
         if not path.is_file():

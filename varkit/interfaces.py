@@ -129,6 +129,13 @@ class Generator(ABC):
 
     layout: TokenLayout
 
+    training_options: frozenset[str] = frozenset()
+    """What `training_loss` takes besides its tensors. Two names mean the same for every generator: `weight`, (B, L) of
+    each token's loss; and `hidden_layer`, the block, from 1, whose output (B, n, C) comes back as `hidden`."""
+
+    mask_id: int | None = None
+    """Of a generator that reads ids: the id that it reads where an input is masked, if it has one."""
+
     @abstractmethod
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         """The groups, in order: (n,) int64 positions each, the same for every image."""

@@ -32,6 +32,11 @@ class Draw(IntEnum):
     SHUFFLE = 5  # the order of the data
     KEY = 6  # deriving the seeds of images from one seed
     RESTART = 7  # which encoder outputs replace dead codes
+    INPUT_MASK = 20  # which inputs are masked in training
+    OWN_TOKEN = 21  # where the model's own tokens stand in for true ones in training
+    PREFIX = 22  # how much of a sequence is shown in training
+    HIDDEN = 23  # which tokens are hidden, and how many, in training
+    FILL_NOISE = 24  # noise in place of hidden inputs
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -11,7 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity import adapters_metrics, adapters_networks, adapters_reconstruction, adapters_video  # noqa: F401
+from tests.parity import (  # noqa: F401
+    adapters_metrics,
+    adapters_networks,
+    adapters_reconstruction,
+    adapters_training,
+    adapters_video,
+)
 from tests.parity.adapters import ADAPTERS
 from tests.parity.weights import Case, Fixture, load_fixture
 

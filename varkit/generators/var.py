@@ -21,7 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.heads.categorical import Categorical, weighted_cross_entropy
+from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import KVCache
@@ -189,6 +189,9 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
+    training_options = frozenset(
+        {"num_scales", "newest_weight", "label_smoothing", "weight", "hidden_layer", "z_weight"}
+    )
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")
     """Name parts of parameters trained without weight decay, besides biases and 1-D tensors."""
 
@@ -312,24 +315,34 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """(B, n, C) -> (B, n, V) float32."""
         return self.head(self.head_nm(x, cond)).float()
 
-    def forward(self, inputs: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(
+        self, inputs: Tensor, class_labels: Tensor, hidden_layer: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced logits of the first n positions.
 
         Args:
             inputs: (B, n, latent_dim), what `MultiScaleVQ.embed` gives, cut after any scale.
             class_labels: (B,) int64; `num_classes` is the null class.
-        Returns: (B, n, V) float32.
+            hidden_layer: return also what this block gives, counted from 1: (B, n, C).
+        Returns: (B, n, V) float32, or a pair.
         """
         cond = self.class_emb(class_labels)  # B C
         x = self.embed_inputs(inputs, cond, 0)
         levels = self.levels[: x.shape[1]]
         mask = levels[:, None] >= levels[None, :]  # a scale sees itself and all coarser ones
-        for block, modulation in zip(self.blocks, self.modulations(cond), strict=True):
+        hidden = x
+        for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(cond), strict=True), 1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, modulation, mask)
             else:
                 x = block(x, modulation, mask)
-        return self.logits(x, cond)
+            hidden = x if i == hidden_layer else hidden
+        logits = self.logits(x, cond)
+        return logits if hidden_layer is None else (logits, hidden)
+
+    def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
+        """What is predicted everywhere at once, given true inputs: one pass. No label is dropped."""
+        return Categorical(self(inputs, cond.vector))
 
     # ---- sampling -----------------------------------------------------------------------------------------
 
@@ -383,6 +396,9 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         num_scales: int | None = None,
         newest_weight: float = 1.0,
         label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        hidden_layer: int | None = None,
+        z_weight: float = 0.0,
     ) -> Losses:
         """Cross entropy, each token weighted 1 / L, plus what the reference logs.
 
@@ -391,6 +407,8 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             num_scales: progressive training, the first scales only (official `prog_si`).
             newest_weight: weight of the last of them.
             label_smoothing: in [0, 1).
+            weight: (B, L) to use instead of 1 / L.   hidden_layer: see `Generator.training_options`.
+            z_weight: of the mean squared logarithm of the softmax's denominator, which keeps logits small.
         Returns: loss; accuracy; loss_last and accuracy_last of the finest scale trained.
         """
         labels = cond.vector
@@ -399,9 +417,13 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
         last = self.layout.slices[(num_scales or len(self.layout.grids)) - 1]
         target = tokens[:, : last.stop]
-        logits = self(inputs[:, : last.stop], labels)
-        weight = torch.full((last.stop,), 1 / self.layout.length, device=logits.device)
-        weight[last] *= newest_weight
+        out = self(inputs[:, : last.stop], labels, hidden_layer)
+        logits, hidden = (out, None) if hidden_layer is None else out
+        if weight is None:
+            weight = torch.full((last.stop,), 1 / self.layout.length, device=logits.device)
+            weight[last] *= newest_weight
+        else:
+            weight = weight[:, : last.stop]
         loss = weighted_cross_entropy(logits, target, weight, label_smoothing)
         with torch.no_grad():
             right = (logits.argmax(-1) == target).float()
@@ -410,6 +432,11 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
                 "loss_last": F.cross_entropy(logits[:, last].flatten(0, 1), target[:, last].flatten()),
                 "accuracy_last": right[:, last].mean(),
             }
+        if z_weight:
+            log["z"] = z_loss(logits)
+            loss = loss + z_weight * log["z"]
+        if hidden is not None:
+            log["hidden"] = hidden
         return {"loss": loss, **log}
 
 

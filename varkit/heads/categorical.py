@@ -31,10 +31,15 @@ def weighted_cross_entropy(
 ) -> Tensor:
     """Cross entropy of each position times `weight`, summed over positions, averaged over the batch.
 
-    Args: logits: (B, n, V).   target: (B, n) ids.   weight: a number or (n,).
+    Args: logits: (B, n, V).   target: (B, n) ids.   weight: a number, (n,) or (B, n).
     """
     losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing, reduction="none")
     return (losses.view_as(target) * weight).sum(1).mean()
+
+
+def z_loss(logits: Tensor) -> Tensor:
+    """Mean over positions of logsumexp(logits)^2, (..., V) -> a scalar: it keeps logits from drifting (PaLM)."""
+    return logits.float().logsumexp(-1).square().mean()
 
 
 class Categorical(Predictive):

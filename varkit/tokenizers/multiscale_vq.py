@@ -158,15 +158,24 @@ class MultiScaleQuantizer(nn.Module):
                 h = F.interpolate(h, size=size, mode="bicubic")
             return self.quant_resi(h, scale, num_scales)
 
-    def walk(self, features: Tensor, grids: Sequence[Grid]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Quantise scale by scale; yields ids (B, n_k), what they code (B * n_k, C), and f_hat so far."""
+    def walk(
+        self, features: Tensor, grids: Sequence[Grid], own: Tensor | None = None, replaced: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Quantise scale by scale; yields ids (B, n_k), what they code (B * n_k, C), and f_hat so far.
+
+        Args: own, replaced: ids and a bool mask, (B, L): where true, f_hat goes on with these ids instead.
+        """
         size, batch = grids[-1], features.shape[0]
-        residual, f_hat = features.detach(), torch.zeros_like(features)
+        residual, f_hat, done = features.detach(), torch.zeros_like(features), 0
         for k, grid in enumerate(grids):
             z = residual if grid == size else F.interpolate(residual, size=grid, mode="area")
             z = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])  # N C
             ids = self.nearest(z).view(batch, -1)
-            h = self.expand(self.maps(self.embedding(ids), grid), k, len(grids), size)
+            used = ids
+            if own is not None and replaced is not None:
+                used = torch.where(replaced[:, done : done + ids.shape[1]], own[:, done : done + ids.shape[1]], ids)
+            done += ids.shape[1]
+            h = self.expand(self.maps(self.embedding(used), grid), k, len(grids), size)
             f_hat = f_hat + h
             residual = residual - h.detach()
             yield ids, z, f_hat
@@ -388,6 +397,14 @@ class MultiScaleVQ(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
             )
         return self.quantize.encode(self.features(images), grids)
 
+    def reencode(self, images: Tensor, own: Tensor, replaced: Tensor) -> Tensor:
+        """The ids (B, L) that code `images` when other tokens stand in some places: later scales repair them.
+
+        Args: own, replaced: ids and a bool mask, (B, L); where true, f_hat goes on with `own`.
+        """
+        steps = self.quantize.walk(self.features(images).float(), self.grids, own, replaced)
+        return torch.cat([ids for ids, _, _ in steps], 1)
+
     def vectors(self, ids: Tensor) -> Tensor:
         return self.quantize.embedding(ids)
 
@@ -409,7 +426,7 @@ class MultiScaleVQ(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         return self.decode_features(self.quantize.sums(tokens, grids)[-1]).clamp(-1, 1)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) -> (B, L, C) float32; see `MultiScaleQuantizer.embed`."""
+        """Ids (B, L), or vectors (B, L, C), -> (B, L, C) float32; see `MultiScaleQuantizer.embed`."""
         return self.quantize.embed(tokens)
 
     def running(self, batch: int) -> RunningSum:

@@ -23,12 +23,14 @@ from varkit.rng import Rng
 from varkit.samplers.next_group import NextGroupSampler
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 from varkit.training.codes import CodeMemory
+from varkit.training.objectives.variants.arra import FrozenEncoder
+from varkit.training.objectives.variants.combined import Together, VariantConfig, Variants
 from varkit.training.optim import OptimConfig
 
 
 @config
-class Config:
-    """A VAR transformer and how it learns."""
+class Config(VariantConfig):
+    """A VAR transformer and how it learns; `VariantConfig` has further objectives, each a section."""
 
     name: Literal["next-scale"] = "next-scale"
     tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), a released checkpoint or its file
@@ -47,6 +49,12 @@ class Config:
             raise ConfigError(f"objective.progressive is a share of the steps, 0 to 1; got {self.progressive}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"objective.label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.progressive and self.mixed_prediction is not None:
+            raise ConfigError(
+                "objective.progressive trains the first scales only, objective.mixed_prediction predicts all: "
+                "choose one"
+            )
+        super().__post_init__()
 
 
 def progressive_stage(step: int, max_steps: int, warmup: int, share: float, first: int, last: int) -> tuple[int, float]:
@@ -91,6 +99,15 @@ class Training(Objective):
         self.max_steps, self.warmup = 1, 0
         self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
         self.sampler = NextGroupSampler(**config.sampling)
+        self.variants = self._variants(tokenizer) if config.any_variant else None
+
+    def _variants(self, tokenizer: MultiScaleVQ) -> Variants:
+        dim = None
+        if self.config.alignment is not None:
+            encoder = FrozenEncoder(self.config.alignment.encoder, self.config.alignment.weights)
+            self.freeze("encoder", encoder)
+            dim = encoder.dim
+        return Variants(self.config, self.model, tokenizer, sampling=self.config.sampling, feature_dim=dim)
 
     def _build(self, tokenizer: MultiScaleVQ) -> VAR:
         layout = tokenizer.layout
@@ -124,7 +141,7 @@ class Training(Objective):
         return model.train().requires_grad_(True)
 
     def trained(self, phase: str) -> nn.Module:
-        return self.model
+        return self.model if self.variants is None else Together(self.model, self.variants)
 
     def optim(self, phase: str, default: OptimConfig) -> OptimConfig:
         self.warmup = default.warmup_steps
@@ -152,7 +169,19 @@ class Training(Objective):
                 last,
             )
             options |= {"num_scales": scale + 1, "newest_weight": weight}
-        return self._losses(batch, rng, **options)
+        if self.variants is None:
+            return self._losses(batch, rng, **options)
+        return self.variants(
+            self.model,
+            self.frozen("tokenizer"),
+            batch["images"],
+            self.condition.encode(class_labels=batch["labels"].clamp_min(0)),
+            rng,
+            step=step,
+            max_steps=max_steps,
+            feature=self.frozen("encoder")(batch["images"]) if self.config.alignment is not None else None,
+            **options,
+        )
 
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], rng: Rng) -> Losses:

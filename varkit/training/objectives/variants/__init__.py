@@ -1,0 +1,1 @@
+"""Training objectives of other papers, as options on any discrete generator. `combined` joins them."""

@@ -451,3 +451,33 @@ def test_the_law_test_sees_planted_bugs(name: str, monkeypatch: pytest.MonkeyPat
     with monkeypatch.context() as patch:  # the generator forgets what was decided
         patch.setattr(type(model), "append", lambda self, state, tokens, positions: None)
         assert suspicious(Rng.from_seed(1, IMAGES))
+
+
+def test_factorised_codes_are_guided_and_drawn_each_by_its_own_number() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, null = (torch.randn(3, 4, 2, 5, generator=generator) for _ in range(2))  # B n G V
+    scale = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    guided = Categorical(logits, null).guide(scale)
+    torch.testing.assert_close(guided.logits, null + scale[:, None, None] * (logits - null))
+    rng, positions = Rng.from_seed(0, 3), torch.arange(4)
+    ids = Categorical(logits).sample(rng, positions)
+    uniform = rng.uniform(positions, Draw.TOKEN, count=2)
+    assert ids.shape == (3, 4, 2)
+    for g in range(2):
+        assert torch.equal(ids[:, :, g], pick(logits[:, :, g].softmax(-1), uniform[..., g]))
+
+
+def test_a_condition_is_a_class_a_text_or_both() -> None:
+    text, mask = torch.randn(2, 3, 4), torch.ones(2, 3, dtype=torch.bool)
+    both = Cond(torch.tensor([1, 2]), text, mask)
+    assert len(both) == len(Cond(sequence=text, mask=mask)) == 2
+    assert torch.equal(both[1:].labels, torch.tensor([2])) and torch.equal(both[1:].text[0], text[1:])
+    twice = both.beside(both)
+    assert len(twice) == 4 and torch.equal(twice.text[1], torch.cat([mask, mask])) and both.beside(None) is both
+    with pytest.raises(ValueError, match="conditioned on classes"):
+        _ = Cond(sequence=text, mask=mask).labels
+    with pytest.raises(ValueError, match="conditioned on a sequence"):
+        _ = Cond(torch.tensor([1])).text
+    for wrong in ({}, {"sequence": text}, {"mask": mask}):
+        with pytest.raises(ValueError, match=r"a condition needs|come together"):
+            Cond(**wrong)

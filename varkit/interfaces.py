@@ -26,15 +26,55 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Cond:
-    """An encoded condition of B images. `vector`: class ids (B,) int64, or (B, D) float."""
+    """An encoded condition of B images: a class, a text, or both.
 
-    vector: Tensor
+    vector: class ids (B,) int64, or (B, D) float.
+    sequence, mask: features (B, T, D) float, such as a text's, and where they are real, (B, T) bool.
+    """
+
+    vector: Tensor | None = None
+    sequence: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.vector is None and self.sequence is None:
+            raise ValueError("a condition needs a vector or a sequence")
+        if (self.sequence is None) != (self.mask is None):
+            raise ValueError("a sequence and its mask come together")
 
     def __len__(self) -> int:
-        return self.vector.shape[0]
+        return len(self.vector if self.vector is not None else self.sequence)  # type: ignore[arg-type]
+
+    @property
+    def labels(self) -> Tensor:
+        """The vector. Raises ValueError when there is none."""
+        if self.vector is None:
+            raise ValueError("this model is conditioned on classes; the condition given holds none")
+        return self.vector
+
+    @property
+    def text(self) -> tuple[Tensor, Tensor]:
+        """Sequence and mask. Raises ValueError when there are none."""
+        if self.sequence is None or self.mask is None:
+            raise ValueError("this model is conditioned on a sequence, such as a text; the condition given holds none")
+        return self.sequence, self.mask
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Cond:
+        return Cond(*[None if t is None else change(t) for t in (self.vector, self.sequence, self.mask)])
 
     def to(self, device: torch.device) -> Cond:
-        return Cond(self.vector.to(device))
+        return self._each(lambda t: t.to(device))
+
+    def __getitem__(self, rows: slice | Tensor) -> Cond:
+        """The condition of some of the images."""
+        return self._each(lambda t: t[rows])
+
+    def beside(self, other: Cond | None) -> Cond:
+        """This condition with the rows of `other` below it: what a guided batch is conditioned on."""
+        if other is None:
+            return self
+        pairs = zip((self.vector, self.sequence, self.mask), (other.vector, other.sequence, other.mask), strict=True)
+        return Cond(*[None if a is None or b is None else torch.cat([a, b]) for a, b in pairs])
 
 
 class Condition(ABC):
@@ -61,8 +101,29 @@ class Running(Protocol):
         ...
 
 
+class PreviousToken:
+    """To predict a position, what is read is the id before it in the sequence; the first reads id 0, which models of
+    this kind replace by their condition.
+
+    Args: shape: (B, L), or (B, L, G) of factorised codes.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+        batch, length, *factors = shape
+        self.ids = torch.zeros(batch, length + 1, *factors, dtype=torch.int64, device=device)  # shifted by one
+
+    def inputs(self, positions: Tensor) -> Tensor:
+        return self.ids[:, positions]
+
+    def record(self, tokens: Tensor, positions: Tensor) -> None:
+        self.ids[:, positions + 1] = tokens
+
+
 class Tokenizer(ABC):
-    """Images <-> tokens. Discrete ones also give `codebook` (V, C) and `vectors(ids)`."""
+    """Images <-> tokens, (B, L) ids or (B, L, C) latents; ids of factorised codes are (B, L, G).
+
+    Discrete ones also give `codebook` (V, C) and `vectors(ids)`.
+    """
 
     layout: TokenLayout
 
@@ -86,15 +147,20 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def vectors(self, ids: Tensor) -> Tensor:
-        """(B, n) ids -> (B, n, C) float32 codebook vectors."""
+        """(B, n) ids, or (B, n, G) of factorised codes, -> (B, n, C) float32 codebook vectors."""
 
-    @abstractmethod
     def embed(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L) -> the generator's teacher-forcing inputs, (B, L, C) or (B, L)."""
+        """Tokens (B, L) -> the generator's teacher-forcing inputs, (B, L, C) or (B, L).
 
-    @abstractmethod
+        Unless a tokenizer says otherwise: the id before each position, 0 for the first.
+        """
+        return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
+
     def running(self, batch: int) -> Running:
         """The step-by-step form of `embed`, for sampling."""
+        factors = self.layout.codebook_size
+        groups = (len(factors),) if isinstance(factors, tuple) else ()
+        return PreviousToken((batch, self.layout.length, *groups), self.codebook.device)
 
 
 class Predictive(ABC):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
+from pkgutil import iter_modules
 from typing import Any, Literal
 
 from varkit.config import nearest
@@ -20,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["generator", "tokenizer"]
 
-_MODULES = ("varkit.tokenizers.multiscale_vq", "varkit.generators.var")
+_PACKAGES = ("varkit.tokenizers", "varkit.generators")
 ENTRY_POINT_GROUP = "varkit.models"
 
 
@@ -81,10 +83,11 @@ def register_checkpoint(card: Checkpoint) -> None:
 
 
 def _load() -> None:
-    for module in _MODULES:
-        if module not in _loaded:
-            import_module(module)
-            _loaded.add(module)
+    for package in _PACKAGES:
+        if package not in _loaded:
+            for module in iter_modules(import_module(package).__path__, package + "."):
+                import_module(module.name)
+            _loaded.add(package)
     for point in entry_points(group=ENTRY_POINT_GROUP):
         if point.value not in _loaded:
             _loaded.add(point.value)
@@ -127,3 +130,21 @@ def checkpoint(name: str) -> Checkpoint:
 def create_model(name: str, **overrides: Any) -> Any:
     """Build a registered network with fresh weights; `overrides` replace constructor arguments."""
     return model_entry(name).build(**overrides)
+
+
+def model_class(name: str) -> Any:
+    """The class of that name, as a folder's config.json writes it, in any module that registers a model.
+
+    Raises: ValueError naming the classes that there are.
+    """
+    _load()
+    modules = {sys.modules[m] for m in {e.build.__module__ for e in _models.values()} if m in sys.modules}
+    found = {
+        n: c
+        for module in modules
+        for n, c in vars(module).items()
+        if isinstance(c, type) and c.__module__ == module.__name__ and hasattr(c, "from_pretrained")
+    }
+    if name not in found:
+        raise ValueError(f"varkit has no model class {name!r}{nearest(name, found)}; it has {', '.join(sorted(found))}")
+    return found[name]

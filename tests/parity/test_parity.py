@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parity import (  # noqa: F401
-    adapters_metrics,
-    adapters_networks,
-    adapters_reconstruction,
-    adapters_training,
-    adapters_video,
-)
 from tests.parity.adapters import ADAPTERS
 from tests.parity.weights import Case, Fixture, load_fixture
+
+for _file in sorted(Path(__file__).parent.glob("adapters_*.py")):
+    import_module(f"tests.parity.{_file.stem}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

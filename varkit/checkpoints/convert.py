@@ -7,24 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from varkit.checkpoints import var as var_keys
 from varkit.checkpoints.files import load_official, write_official
-from varkit.generators.var import VAR
-from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+from varkit.checkpoints.formats import format_of_model
+from varkit.interfaces import Generator
+from varkit.registry import model_class
 
 CARD = """---
 library_name: varkit
-license: mit
-pipeline_tag: {tag}
-base_model: FoundationVision/var
+license: {spdx}
+pipeline_tag: unconditional-image-generation
 ---
 
 # {title}
 
 Converted by `varkit convert` from the official file `{source}` of
-[FoundationVision/VAR](https://github.com/FoundationVision/VAR) (arXiv 2404.02905).
+[{repository}](https://github.com/{repository}) ({paper}).
 
 Licence of the weights: {licence}. {parameters:,} parameters. {layout}
 """
@@ -38,7 +36,7 @@ def convert(
     Args:
         source: a released file; or a folder (a pipeline, or one part) to convert back.
         to: the folder to write; back, the file.
-        tokenizer: with a VAR file: the tokenizer's, so that a whole pipeline is written.
+        tokenizer: with a generator's file: its tokenizer's, so that a whole pipeline is written.
         part: back, from a pipeline: `transformer` or `image_tokenizer`.
         dtype: of the folder's weights.
     Raises: ValueError or FileNotFoundError before anything is written.
@@ -52,30 +50,31 @@ def convert(
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty; choose a new folder")
     model = load_official(source).to(getattr(torch, dtype))
-    if isinstance(model, VAR) and tokenizer is not None:
-        from varkit.pipelines.class_to_image import ClassToImagePipeline
-        from varkit.samplers.next_group import NextGroupSampler
+    licence = format_of_model(model).release.licence
+    if isinstance(model, Generator) and tokenizer is not None:
+        from varkit.pipelines.auto import assemble, load_official_tokenizer
 
-        image_tokenizer = load_official(tokenizer, scales=model.config["scales"]).to(getattr(torch, dtype))
-        released = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "more_smooth": False}  # README of the release
-        sampler = NextGroupSampler(**var_keys.sampling_arguments(released))
-        ClassToImagePipeline(model, image_tokenizer, sampler).save_pretrained(to)
+        image_tokenizer = load_official_tokenizer(tokenizer, model).to(getattr(torch, dtype))
+        assemble(model, image_tokenizer, dict(format_of_model(model).sampling)).save_pretrained(to)
         lines = [f"wrote the pipeline {to}: varkit sample {to} --class 207"]
     else:
         if tokenizer is not None:
-            raise ValueError("--tokenizer goes with a VAR file; this one is the tokenizer itself")
+            raise ValueError("--tokenizer goes with a generator's file; this one is a tokenizer itself")
         model.save_pretrained(to)  # type: ignore[operator]
         lines = [f"wrote {type(model).__name__} into {to}"]
     _write_card(to, source, model)
-    return [*lines, f"licence of the weights: {var_keys.LICENCE}"]
+    return [*lines, f"licence of the weights: {licence}"]
 
 
 def _write_card(folder: Path, source: Path, model: Any) -> None:
+    kind = format_of_model(model)
     text = CARD.format(
-        tag="unconditional-image-generation",
         title=folder.name,
         source=source.name,
-        licence=var_keys.LICENCE,
+        spdx=kind.release.spdx,
+        repository=kind.release.repository,
+        paper=kind.release.paper,
+        licence=kind.release.licence,
         parameters=sum(p.numel() for p in model.parameters()),
         layout=f"{model.layout.length} tokens an image ({model.layout.describe()}).",
     )
@@ -91,9 +90,6 @@ def _to_file(source: Path, to: Path, part: str) -> list[str]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; give a pipeline's folder, or one part of it")
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")
-    classes: dict[str, Any] = {"VAR": VAR, "MultiScaleVQ": MultiScaleVQ}
-    if kind not in classes:
-        raise ValueError(f"{folder} holds a {kind}; official files exist for {', '.join(classes)}")
-    model: nn.Module = classes[kind].from_pretrained(folder)
+    model = model_class(kind).from_pretrained(folder)
     write_official(model, to)
     return [f"wrote {to}, which the official code loads strictly", f"licence of the weights: see {source}/README.md"]

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from varkit.checkpoints import var as var_keys
-
-StateDict = dict[str, Tensor]
+from varkit.checkpoints.formats import StateDict, format_of_model, format_of_state
 
 
 def read_state_dict(path: str | Path) -> StateDict:
@@ -70,48 +69,28 @@ def load_strictly(model: nn.Module, state: StateDict, what: str) -> None:
 
 
 def load_official(path: str | Path, **overrides: Any) -> nn.Module:
-    """A released VAR file as `MultiScaleVQ` or `VAR`, in eval mode; which of them, its keys tell.
+    """A released file as the model that it holds, in eval mode; which one, its keys tell.
 
     Args: overrides: constructor arguments to use instead of those read from the file (`scales=` for 512 px).
-    Raises: ValueError when the file is neither, or does not fit.
+    Raises: ValueError when no release has such keys, or the file does not fit.
     """
     return build_official(read_state_dict(path), str(path), **overrides)
 
 
 def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:
     """As `load_official`, from tensors; on the meta device they stay there."""
-    from varkit.generators.var import VAR
-    from varkit.tokenizers.multiscale_vq import MultiScaleVQ
-
-    model: Any
-    if var_keys.is_tokenizer(state):
-        with torch.device("meta"):
-            model = MultiScaleVQ(**{**var_keys.read_tokenizer_arguments(state), **overrides})
-        state = var_keys.tokenizer_from_official(state, len(model.layout.grids))
-    elif var_keys.is_var(state):
-        arguments = {**var_keys.read_var_arguments(state), **overrides}
-        with torch.device("meta"):
-            model = VAR(**arguments)
-        levels = torch.repeat_interleave(torch.arange(len(model.layout.sizes)), torch.tensor(model.layout.sizes))
-        model.register_buffer("levels", levels, persistent=False)
-        state = var_keys.var_from_official(state)
-    else:
-        raise ValueError(
-            f"{what} is no file that varkit knows: it is neither VAR's tokenizer (quantize.embedding.weight) "
-            f"nor a VAR transformer (pos_1LC). Its first keys: {', '.join(list(state)[:5])}"
-        )
-    load_strictly(model, state, what)
+    kind = format_of_state(state, what)
+    arguments = {**kind.arguments(state), **overrides}
+    with init_empty_weights(include_buffers=False):  # buffers that no file holds are real
+        model = kind.model_class()(**arguments)
+    load_strictly(model, kind.from_official(state, model), what)
     return model.eval().requires_grad_(False)
 
 
 def to_official(model: nn.Module) -> StateDict:
     """The state dict that the official code loads strictly."""
-    from varkit.generators.var import VAR
-
     state = {k: v.detach().contiguous() for k, v in model.state_dict().items()}
-    if isinstance(model, VAR):
-        return var_keys.var_to_official(state, model.config.scales)
-    return var_keys.tokenizer_to_official(state)
+    return format_of_model(model).to_official(state, model)
 
 
 def write_official(model: nn.Module, path: Path) -> None:

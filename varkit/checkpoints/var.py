@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
 from varkit.layout import square_grids
 from varkit.tokenizers.multiscale_vq import SCALES_256, SCALES_512, SCALES_1024
-
-StateDict = dict[str, Tensor]
 
 USAGE_KEY = "quantize.ema_vocab_hit_SV"
 CONSTANT_BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
@@ -143,7 +142,7 @@ def var_to_official(state: StateDict, scales: Any) -> StateDict:
 
 
 def is_tokenizer(state: Mapping[str, Tensor]) -> bool:
-    return "quantize.embedding.weight" in state and "encoder.conv_in.weight" in state
+    return USAGE_KEY in state and "encoder.conv_in.weight" in state
 
 
 def is_var(state: Mapping[str, Tensor]) -> bool:
@@ -208,3 +207,30 @@ def read_var_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "codebook_size": state["head.weight"].shape[0],
         "latent_dim": state["word_embed.weight"].shape[1],
     }
+
+
+_RELEASE = Release("FoundationVision/VAR", "arXiv 2404.02905", LICENCE, "mit")
+register_format(
+    OfficialFormat(
+        "VAR tokenizer",
+        USAGE_KEY,
+        "varkit.tokenizers.multiscale_vq:MultiScaleVQ",
+        is_tokenizer,
+        read_tokenizer_arguments,
+        _RELEASE,
+        from_official=lambda state, model: tokenizer_from_official(state, len(model.grids)),
+    )
+)
+register_format(
+    OfficialFormat(
+        "VAR transformer",
+        "pos_1LC",
+        "varkit.generators.var:VAR",
+        is_var,
+        read_var_arguments,
+        _RELEASE,
+        from_official=lambda state, model: var_from_official(state),
+        to_official=lambda state, model: var_to_official(state, model.config.scales),
+        sampling=sampling_arguments({"cfg": 1.5, "top_k": 900, "top_p": 0.96, "more_smooth": False}),  # README
+    )
+)

@@ -34,4 +34,4 @@ class LabelCondition(Condition):
         return Cond(labels.to(torch.int64))
 
     def null(self, like: Cond) -> Cond:
-        return Cond(torch.full_like(like.vector, self.num_classes))
+        return Cond(torch.full_like(like.labels, self.num_classes))

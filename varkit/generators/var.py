@@ -342,7 +342,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
         """What is predicted everywhere at once, given true inputs: one pass. No label is dropped."""
-        return Categorical(self(inputs, cond.vector))
+        return Categorical(self(inputs, cond.labels))
 
     # ---- sampling -----------------------------------------------------------------------------------------
 
@@ -355,8 +355,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return [torch.arange(s.start, s.stop, device=self.levels.device) for s in self.layout.slices]
 
     def start(self, cond: Cond, null: Cond | None = None) -> VARState:
-        labels = cond.vector if null is None else torch.cat([cond.vector, null.vector])
-        vector = self.class_emb(labels)  # R C, R = B or 2 B
+        vector = self.class_emb(cond.beside(null).labels)  # R C, R = B or 2 B
         cache = KVCache(
             layers=len(self.blocks),
             rows=vector.shape[0],
@@ -411,7 +410,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             z_weight: of the mean squared logarithm of the softmax's denominator, which keeps logits small.
         Returns: loss; accuracy; loss_last and accuracy_last of the finest scale trained.
         """
-        labels = cond.vector
+        labels = cond.labels
         if (self.training or self.config.official_quirks) and self.config.cond_drop_rate > 0:
             u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
             labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)

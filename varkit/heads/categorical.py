@@ -43,7 +43,8 @@ def z_loss(logits: Tensor) -> Tensor:
 
 
 class Categorical(Predictive):
-    """Logits (B, n, V) float32; with guidance pending, also those of the unconditional branch."""
+    """Logits (B, n, V) float32, or (B, n, G, V) of factorised codes; with guidance pending, also those of the
+    unconditional branch."""
 
     def __init__(self, logits: Tensor, null_logits: Tensor | None = None) -> None:
         self.logits, self.null_logits = logits, null_logits
@@ -51,7 +52,7 @@ class Categorical(Predictive):
     def guide(self, scale: float | Tensor) -> Categorical:
         """uncond + scale * (cond - uncond). Raises ValueError when there is no unconditional branch."""
         if isinstance(scale, Tensor):
-            scale = scale.to(self.logits)[..., None]  # n 1
+            scale = scale.to(self.logits).view(-1, *[1] * (self.logits.dim() - 2))  # n 1, or n 1 1
         if self.null_logits is None:
             if isinstance(scale, Tensor) or scale != 1:
                 raise ValueError("guidance needs an unconditional branch: pass null= to start()")
@@ -65,9 +66,10 @@ class Categorical(Predictive):
         return Categorical(logits)
 
     def probs(self, processors: Sequence[Processor] = ()) -> Tensor:
-        """(B, n, V) float32, summing to 1."""
+        """(B, n, V) or (B, n, G, V) float32, summing to 1."""
         return self.process(processors).logits.softmax(-1)
 
     def sample(self, rng: Rng, positions: Tensor, processors: Sequence[Processor] = ()) -> Tensor:
-        """(B, n) int64."""
-        return pick(self.probs(processors), rng.uniform(positions, Draw.TOKEN))
+        """(B, n) int64, or (B, n, G)."""
+        groups = self.logits.shape[2] if self.logits.dim() == 4 else None
+        return pick(self.probs(processors), rng.uniform(positions, Draw.TOKEN, count=groups))

@@ -11,6 +11,7 @@ import torch
 from varkit import registry
 from varkit.config import nearest
 from varkit.hub import download, is_hub_id
+from varkit.interfaces import Tokenizer
 
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
 
@@ -82,8 +83,24 @@ class AutoPipeline:
         from varkit.checkpoints.files import load_official
 
         model: Any = load_official(transformer)
-        tokenizer = load_official(image_tokenizer, scales=model.config.scales)
-        return _assemble(model, tokenizer, sampling)
+        return assemble(model, load_official_tokenizer(image_tokenizer, model), sampling)
+
+
+def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
+    """The tokenizer of a released file, cut for the images that `generator` was made for.
+
+    A convolutional tokenizer's file does not say the size of its images: the generator's layout does.
+    """
+    from varkit.checkpoints.files import load_official
+
+    names = [n for n in ("scales", "grid") if n in generator.config]
+    return load_official(path, **{n: generator.config[n] for n in names})
+
+
+def open_model(folder: str | Path) -> Any:
+    """The model of a folder with config.json, of whatever registered class. Raises ValueError on another class."""
+    name = json.loads((Path(folder) / "config.json").read_text()).get("_class_name", "")
+    return registry.model_class(name).from_pretrained(folder)
 
 
 def open_tokenizer(name: str) -> Any:
@@ -92,23 +109,25 @@ def open_tokenizer(name: str) -> Any:
 
     Raises: ValueError when `name` is none of them.
     """
-    from varkit.tokenizers.multiscale_vq import MultiScaleVQ
-
     if name in registry.list_checkpoints():
         name = _download(registry.checkpoint(name))
     elif is_hub_id(name) and not name.endswith((".pth", ".safetensors")):
         name = str(download(name))
     folder = find_folder(name)
     if folder is not None:
-        return MultiScaleVQ.from_pretrained(folder / "image_tokenizer")
+        return open_model(folder / "image_tokenizer")
     if (Path(name) / "config.json").is_file():
-        return MultiScaleVQ.from_pretrained(name)
+        model = open_model(name)
+        if isinstance(model, Tokenizer):
+            return model
+        raise ValueError(f"{name} holds a {type(model).__name__}, which is no tokenizer")
     if Path(name).is_file():
         from varkit.checkpoints.files import load_official
 
         model = load_official(name)
-        if isinstance(model, MultiScaleVQ):
+        if isinstance(model, Tokenizer):
             return model
+        raise ValueError(f"{name} holds a {type(model).__name__}, which is no tokenizer")
     raise ValueError(
         f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of a "
         f"tokenizer run), a released checkpoint such as multiscale_vq_f16.openimages, or its file"
@@ -124,10 +143,10 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
     if entry.kind != "generator" or entry.tokenizer is None:
         raise ValueError(f"{name} is a {entry.kind}; a pipeline is built around a generator")
     tokenizer = registry.create_model(entry.tokenizer)
-    return _assemble(entry.build(**overrides).eval(), tokenizer.eval(), {})
+    return assemble(entry.build(**overrides).eval(), tokenizer.eval(), {})
 
 
-def _assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
+def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
     from varkit.pipelines.class_to_image import ClassToImagePipeline
     from varkit.samplers.next_group import NextGroupSampler
 

@@ -166,7 +166,7 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         if not return_dict:
             return (images,)
         stats = {"steps": out.steps, "network_calls": out.network_calls, "seconds": out.seconds}
-        return ImageOutput(images=images, class_labels=cond.vector.tolist(), stats=stats)
+        return ImageOutput(images=images, class_labels=cond.labels.tolist(), stats=stats)
 
     def to_images(self, tokens: Tensor, output_type: str = "pil") -> Any:
         """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`."""

@@ -116,6 +116,10 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
         groups = transformer.schedule()
+        size = transformer.layout.codebook_size
+        # One draw for all positions: a number depends on its position, not on when it is asked for.
+        every = torch.arange(transformer.layout.length, device=groups[0].device)
+        uniform = rng.uniform(every, Draw.TOKEN, count=len(size) if isinstance(size, tuple) else None)  # B L, B L G
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
         running = tokenizer.running(len(cond))
@@ -126,7 +130,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             if w != 1:
                 predictive = predictive.guide(schedule(w, step, len(groups) - 1))
             filtered = predictive.process(processors)
-            predicted = pick(filtered.probs(), rng.uniform(positions, Draw.TOKEN))
+            predicted = pick(filtered.probs(), uniform[:, positions])
             tokens = predicted
             if settings["more_smooth"]:
                 progress = step / max(len(groups) - 1, 1)

@@ -52,6 +52,16 @@ def tracker_options(name: str, run_id: str, step: int) -> dict[str, Any]:
     return {name: options[name]} if name in options else {}
 
 
+def tracker_place(name: str, folder: Path, run: str) -> str:
+    """Where a tracker's numbers go, in words."""
+    places = {
+        "tensorboard": str(folder / run),
+        "wandb": "wandb/ (or WANDB_DIR), and the server unless WANDB_MODE=offline",
+        "trackio": "TRACKIO_DIR, or the trackio folder of the Hugging Face cache",
+    }
+    return places.get(name, f"where {name} keeps its runs")
+
+
 def drop_later_lines(file: Path, step: int) -> int:
     """Remove from a metrics.jsonl what was written after `step`, and a torn last line; atomically.
 

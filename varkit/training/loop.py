@@ -229,6 +229,8 @@ class Trainer:
             f"{len(self.dataset.classes)} classes, {self.loop.steps} steps of {self.loop.batch_size}, "
             f"{self.loop.precision} on {self.accelerator.device} x {self.accelerator.num_processes}, into {self.folder}"
         )
+        if not self.flops.enabled:
+            self._say("loop.compile hides operations: no tflops or mfu is logged (--dry-run counts them)")
 
     # ---- the run ------------------------------------------------------------------------------------------
 

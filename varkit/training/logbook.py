@@ -35,7 +35,8 @@ def require_tracker(name: str) -> None:
         return
     if name not in TRACKERS:
         raise ConfigError(f"loop.tracker must be none, {', '.join(TRACKERS)}; got {name!r}{nearest(name, TRACKERS)}")
-    if find_spec(TRACKERS[name]) is None:
+    found = find_spec(TRACKERS[name])
+    if found is None or found.origin is None:  # a folder wandb/ of earlier runs passes for a package without code
         raise ImportError(
             f"loop.tracker={name} needs the package {TRACKERS[name]}: pip install {TRACKERS[name]}, or leave it out "
             f"(metrics.jsonl is always written)"

@@ -112,8 +112,15 @@ def times(trainer: Trainer, kinds: list[dict[str, Any]], pauses: dict[str, Any],
 
 
 def nearest_folder(folder: Path) -> Path:
-    """The folder that holds, or will hold, the run's folder: the nearest that is there."""
-    return next(p for p in folder.absolute().parents if p.is_dir())
+    """The folder that holds, or will hold, the run's folder: the nearest that is there.
+
+    Raises: NotADirectoryError when a file is in the way.
+    """
+    path = folder.absolute()
+    nearest = next(p for p in path.parents if p.exists())
+    if not nearest.is_dir() or path.is_file():
+        raise NotADirectoryError(f"{path if path.is_file() else nearest} is a file; choose another folder with out=...")
+    return nearest
 
 
 def disk_seconds(folder: Path, size: int) -> float:

@@ -1,4 +1,4 @@
-"""Train a tokenizer: `accelerate launch tokenizers/train_tokenizer.py RECIPE [key=value ...] [--resume]`.
+"""Train a tokenizer: `accelerate launch tokenizers/train_tokenizer.py RECIPE [key=value ...] [--resume] [--dry-run]`.
 
 The same as `varkit train`; also runs plainly as `python tokenizers/train_tokenizer.py fashion_vq`.
 """

@@ -1,4 +1,4 @@
-"""Train a generator: `accelerate launch train/train_generator.py RECIPE [key=value ...] [--resume]`.
+"""Train a generator: `accelerate launch train/train_generator.py RECIPE [key=value ...] [--resume] [--dry-run]`.
 
 The same as `varkit train`; also runs plainly as `python train/train_generator.py fashion_var`.
 """

@@ -348,20 +348,29 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (`varkit list`) or the path of a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=2e-4 out=runs/a")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Take a few steps, say what the run would take and write, write nothing.")
+    ] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print the whole recipe and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print one JSON object.")] = False,
 ) -> None:
     """Train a tokenizer, a generator or a classifier by a recipe."""
     from varkit.training.recipe import load_recipe, recipe_values
 
+    if as_json and not dry_run:
+        raise ValueError("--json goes with --dry-run; a run writes its numbers as JSON into metrics.jsonl")
     loaded = load_recipe(recipe, overrides or [])
     if print_config:
         import yaml
 
         typer.echo(yaml.safe_dump(recipe_values(loaded), sort_keys=False), nl=False)
         return
-    from varkit.training.loop import train as run
-
     try:
+        if dry_run:
+            tell_dry_run(loaded, resume, as_json)
+            return
+        from varkit.training.loop import train as run
+
         result = run(loaded, resume=resume)
     except FloatingPointError as error:
         say(f"error: {error}")
@@ -370,6 +379,18 @@ def train(
 
     if result.model is not None and PartialState().is_main_process:
         typer.echo(f"wrote {result.model}")
+
+
+def tell_dry_run(recipe: Any, resume: bool, as_json: bool) -> None:
+    """What a run would take and write."""
+    from accelerate import PartialState
+
+    from varkit.training.dry_run import dry_run
+    from varkit.training.dry_run_text import lines
+
+    facts = dry_run(recipe, resume=resume)
+    if PartialState().is_main_process:
+        typer.echo(json.dumps(facts) if as_json else "\n".join(lines(facts)))
 
 
 @app.command()

@@ -246,6 +246,9 @@ class Objective(nn.Module, ABC):
     def frozen(self, name: str) -> Any:
         return self._frozen[name]
 
+    def frozen_parts(self) -> dict[str, nn.Module]:
+        return dict(self._frozen)
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         for module in self._frozen.values():
             module._apply(fn, recurse)

@@ -35,7 +35,8 @@ def require_tracker(name: str) -> None:
         return
     if name not in TRACKERS:
         raise ConfigError(f"loop.tracker must be none, {', '.join(TRACKERS)}; got {name!r}{nearest(name, TRACKERS)}")
-    if find_spec(TRACKERS[name]) is None:
+    found = find_spec(TRACKERS[name])
+    if found is None or found.origin is None:  # a folder wandb/ of earlier runs passes for a package without code
         raise ImportError(
             f"loop.tracker={name} needs the package {TRACKERS[name]}: pip install {TRACKERS[name]}, or leave it out "
             f"(metrics.jsonl is always written)"
@@ -50,6 +51,16 @@ def tracker_options(name: str, run_id: str, step: int) -> dict[str, Any]:
         "trackio": {"name": run_id, "resume": "allow"},
     }
     return {name: options[name]} if name in options else {}
+
+
+def tracker_place(name: str, folder: Path, run: str) -> str:
+    """Where a tracker's numbers go, in words."""
+    places = {
+        "tensorboard": str(folder / run),
+        "wandb": "wandb/ (or WANDB_DIR), and the server unless WANDB_MODE=offline",
+        "trackio": "TRACKIO_DIR, or the trackio folder of the Hugging Face cache",
+    }
+    return places.get(name, f"where {name} keeps its runs")
 
 
 def drop_later_lines(file: Path, step: int) -> int:

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from varkit.rng import Rng
 from varkit.training.batches import StepBatches
 from varkit.training.checkpoint import Checkpoints, replace_folder
 from varkit.training.compiler import require_compiler
+from varkit.training.flops import FlopMeter
 from varkit.training.logbook import Window, drop_later_lines, require_tracker, tracker_options, write_line
 from varkit.training.objectives import build_objective
 from varkit.training.optim import make_optimizer, set_schedule
@@ -157,6 +159,7 @@ class Trainer:
             self._say(f"resumed from {latest}")
         if self.ema is not None:
             self.ema.to(self.accelerator.device)
+        self.flops = FlopMeter(self.accelerator.device, self.loop.precision, enabled=not self.loop.compile)
 
     # ---- set-up -------------------------------------------------------------------------------------------
 
@@ -226,6 +229,8 @@ class Trainer:
             f"{len(self.dataset.classes)} classes, {self.loop.steps} steps of {self.loop.batch_size}, "
             f"{self.loop.precision} on {self.accelerator.device} x {self.accelerator.num_processes}, into {self.folder}"
         )
+        if not self.flops.enabled:
+            self._say("loop.compile hides operations: no tflops or mfu is logged (--dry-run counts them)")
 
     # ---- the run ------------------------------------------------------------------------------------------
 
@@ -251,7 +256,8 @@ class Trainer:
                 asked = time.perf_counter()
                 micros = [self._move(next(loader)) for _ in range(self.loop.accumulation)]
                 waited = time.perf_counter() - asked
-                window.add(self.step(step, micros), waited)
+                phases = self.objective.phases(step)
+                window.add(self.flops.watch(step, phases, partial(self.step, step, micros)), waited)
                 self.progress.step, self.progress.seconds = step + 1, time.perf_counter() - began
                 bar.update()
                 done, last = step + 1, step + 1 == self.loop.steps
@@ -364,6 +370,7 @@ class Trainer:
             "data_wait": waited / seconds,
             "bad_steps": self.progress.bad_steps,
             "seconds": self.progress.seconds,
+            **self.flops.speed(seconds),
         }
         self._write(step, numbers)
         left = (self.loop.steps - step) * self.loop.batch_size / speed / 60

@@ -321,7 +321,7 @@ def data_check(
     as_json: Json = False,
 ) -> None:
     """Read every image; report classes, counts, sizes and broken files. Exit code 1 if any is broken."""
-    from varkit.data.images import check_images
+    from varkit.data.check import check_images
 
     report = check_images(source, workers=workers, progress=sys.stderr.isatty() and not as_json)
     typer.echo(json.dumps(report.to_dict()) if as_json else "\n".join(report.lines()))

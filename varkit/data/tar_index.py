@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import tarfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,7 +106,8 @@ def _keep(path: Path, values: dict[str, Any]) -> None:
             return
         except OSError as error:
             log.info("the index of %s is not kept at %s: %s", path, place, error)
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
 
 
 class _Headers(io.FileIO):

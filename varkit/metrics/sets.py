@@ -155,7 +155,7 @@ def stored_set(
     size: Size | None = None,
     fit: str = "none",
 ) -> ImageSet:
-    """A folder, an .npz or .npy file, IDX files, or a named data set.
+    """A folder, an .npz or .npy file, IDX files, tars, or a data set by name: what `open_images` opens.
 
     Args:
         split, root: as `varkit.data.images.open_images` takes them.

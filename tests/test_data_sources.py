@@ -111,7 +111,7 @@ def array(folder: Path) -> str:
 
 
 def table(values: dict[str, list[Any]], features: dict[str, Any]) -> Any:
-    """A `datasets.Dataset` with a name of its own: `from_dict` pickles the table for one, which fails on some versions."""
+    """A `datasets.Dataset` with a fingerprint: `from_dict` pickles the table for one, which some versions cannot."""
     import datasets
     import pyarrow
 
@@ -361,7 +361,10 @@ def test_an_index_is_kept_used_and_renewed(tmp_path: Path, monkeypatch: pytest.M
     assert index_tar(path) == first and list(tmp_path.glob("*.part")) == list(tmp_path.glob(".*.part")) == []
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for broken in (b"", b"[]", b"{}", b'{"version": 1', kept.read_bytes().replace(b'"samples"', b'"sample"')):
+    whole = kept.read_bytes()
+    elsewhere = whole.replace(b'"000.png", 512,', b'"000.png", 51200000,')  # beyond the end of the tar
+    assert elsewhere != whole
+    for broken in (b"", b"[]", b"{}", b'{"version": 1', whole.replace(b'"samples"', b'"sample"'), elsewhere):
         kept.write_bytes(broken)
         assert index_tar(path) == first
     write_tar(path, [*sample(0), *sample(1)])
@@ -528,6 +531,13 @@ def test_a_tar_that_became_shorter_is_noticed(tmp_path: Path) -> None:
     assert isinstance(dataset.pixels, TarPixels)
     os.truncate(path, int(dataset.pixels.offset[1]) + 10)
     assert dataset[1]["index"] == 0 and "has changed since" in dataset.skipped[0].reason
+
+
+def test_a_compressed_tar_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "set.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(ValueError, match=r"set.tar.gz is compressed.*give the \.tar"):
+        open_images(tmp_path / "set.tar.gz")
 
 
 def test_names_that_tell_no_key_are_explained(tmp_path: Path) -> None:

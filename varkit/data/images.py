@@ -8,6 +8,7 @@ Shapes: N images in the set, B in a batch, h w size as stored, H W size after th
 
 import logging
 import os
+import re
 from pathlib import Path
 
 from varkit.config import nearest
@@ -113,6 +114,8 @@ def _open_file(path: Path, split: str) -> ImageDataset:
         raise ValueError(f"{path} is one file and has no split {split!r}; leave split out")
     if path.suffix in (".npz", ".npy"):
         return open_array(path)
+    if re.search(r"\.(tar\.\w+|tgz)$", path.name.lower()):
+        raise ValueError(f"{path} is compressed, so no image in it can be found without reading all; give the .tar")
     if "labels" in path.name and "idx1" in path.name:
         raise ValueError(f"{path} is a labels file; give the images file (images-idx3) beside it")
     if "idx3" in path.name:

@@ -83,7 +83,8 @@ def kept_index(path: Path) -> TarIndex | None:
                 continue
             kept["samples"] = [Sample(*sample) for sample in kept["samples"]]
             kept["skipped"] = [SkippedImage(*skipped) for skipped in kept["skipped"]]
-            return TarIndex(**kept)
+            if all(0 < s.offset <= s.offset + s.size <= stat.st_size for s in kept["samples"]):
+                return TarIndex(**kept)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             if not isinstance(error, FileNotFoundError):
                 log.info("%s is made again: %s", place, reason_of(error))

@@ -67,10 +67,11 @@ def open_tars(tars: Sequence[Path], name: str, source: str) -> ImageDataset:
 
     Raises: FileNotFoundError; ValueError if one is no tar, or none holds an image.
     """
-    new = [path for path in tars if kept_index(path) is None]
+    kept = {path: kept_index(path) for path in tars}
+    new = [path for path, index in kept.items() if index is None]
     busy = tqdm(new, desc="indexing", unit="tar", leave=False, disable=len(new) < 2 or not sys.stderr.isatty())
     fresh = {path: index_tar(path) for path in busy}
-    indexes = [fresh.get(path) or index_tar(path) for path in tars]
+    indexes = [kept[path] or fresh[path] for path in tars]
     pixels = TarPixels(tars, indexes)
     dropped = [
         SkippedImage(f"{path}/{member}" if member else str(path), reason)

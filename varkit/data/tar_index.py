@@ -26,6 +26,7 @@ from varkit.data.transforms import EXTENSIONS, SkippedImage, reason_of, refuse_l
 log = logging.getLogger("varkit.data")
 
 VERSION = 1
+AHEAD = 8192  # bytes read at once: a header with the small members that stand beside an image
 MAX_TEXT = 2**20  # bytes of a label, a caption, or a JSON object; also of a header
 ENDINGS = {ending[1:] for ending in EXTENSIONS}
 BESIDE = ("cls", "txt", "json")
@@ -111,7 +112,7 @@ def _keep(path: Path, values: dict[str, Any]) -> None:
                 part.unlink(missing_ok=True)
 
 
-class _Headers(io.FileIO):
+class _Headers(io.BufferedReader):
     """The file as tarfile sees it, which reads headers alone; a header may claim any length."""
 
     def read(self, size: int | None = -1) -> bytes:
@@ -134,7 +135,7 @@ def scan_tar(path: Path) -> TarIndex:
     groups: dict[str, _Group] = {}
     endings: dict[str, None] = {}
     end, last = path.stat().st_size, ""
-    with _Headers(path) as file:
+    with _Headers(io.FileIO(path), AHEAD) as file:
         try:
             tar = tarfile.TarFile(fileobj=file, mode="r")
         except tarfile.TarError as error:
@@ -168,7 +169,7 @@ def _next(tar: tarfile.TarFile, index: TarIndex) -> tarfile.TarInfo | None:
         return None
 
 
-def _end_of(file: io.FileIO, offset: int, index: TarIndex) -> list[str]:
+def _end_of(file: io.BufferedReader, offset: int, index: TarIndex) -> list[str]:
     """What is wrong with the end of a tar, at which tarfile stops without a word."""
     if index.skipped and not index.skipped[-1].path:
         return []
@@ -217,7 +218,7 @@ def _add(group: _Group, member: tarfile.TarInfo, ending: str, index: TarIndex) -
         group.image = member
 
 
-def _finish(file: io.FileIO, group: _Group, index: TarIndex) -> None:
+def _finish(file: io.BufferedReader, group: _Group, index: TarIndex) -> None:
     """A group -> a sample."""
     if group.image is None:
         index.without_image.append(_shown(next(iter(group.beside.values())).name))
@@ -231,7 +232,7 @@ def _finish(file: io.FileIO, group: _Group, index: TarIndex) -> None:
     index.samples.append(Sample(name, group.image.offset_data, group.image.size, label, text))
 
 
-def _label_and_text(file: io.FileIO, beside: dict[str, tarfile.TarInfo]) -> tuple[Label, str | None]:
+def _label_and_text(file: io.BufferedReader, beside: dict[str, tarfile.TarInfo]) -> tuple[Label, str | None]:
     """Of `.cls`, else `.json`; and of `.txt`, else `.json`."""
     label, text = None, None
     if "json" in beside:
@@ -258,7 +259,7 @@ def _label_and_text(file: io.FileIO, beside: dict[str, tarfile.TarInfo]) -> tupl
     return label, text
 
 
-def _read_text(file: io.FileIO, member: tarfile.TarInfo) -> str:
+def _read_text(file: io.BufferedReader, member: tarfile.TarInfo) -> str:
     if member.size > MAX_TEXT:
         raise ValueError(f"{_shown(member.name)}: {member.size:,} bytes; a label or text may have {MAX_TEXT:,} at most")
     file.seek(member.offset_data)

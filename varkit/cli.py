@@ -163,7 +163,7 @@ def sample(
 @refusing
 def reconstruct(
     name: Annotated[str, typer.Argument(help="A shipped model, a pipeline or tokenizer folder, or a released file.")],
-    images: Annotated[str, typer.Argument(help="A folder, an .npz file, or the name of a data set.")],
+    images: Annotated[str, typer.Argument(help="Images: a folder, .npz, tars, hf:NAME or a named data set.")],
     out: Annotated[Path, typer.Option(help="Folder for originals.png, reconstructions.png and metrics.json.")],
     num: Annotated[int, typer.Option(min=1, help="How many images, from the first.")] = 64,
     mode: Annotated[str, typer.Option(help="How images get the model's size: center, squash or pad.")] = "center",
@@ -196,7 +196,8 @@ def reconstruct(
 def eval_(
     context: typer.Context,
     generated: Annotated[
-        str, typer.Argument(help="A folder, .npz, data set, videos; or a model, which is sampled; or a tokenizer.")
+        str,
+        typer.Argument(help="A folder, .npz, tars, data set, videos; or a model, which is sampled; or a tokenizer."),
     ],
     reference: Annotated[str, typer.Argument(help="Real images or videos in the same forms, or a statistics .npz.")],
     protocol: Annotated[str, typer.Option("--protocol", "-p", help="A name (`varkit list`) or a .yaml file.")],
@@ -316,14 +317,16 @@ def give(report: Any, out: Path | None, html: Path | None, as_json: bool) -> Non
 @data_app.command("check")
 @refusing
 def data_check(
-    source: Annotated[str, typer.Argument(help="A folder, an .npz, .npy or IDX file, or the name of a data set.")],
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    source: Annotated[str, typer.Argument(help="A folder, .npz, .npy or IDX file, tars, hf:NAME or a named data set.")],
+    workers: Annotated[int, typer.Option(min=0, help="Threads that decode images.")] = 0,
+    split: Annotated[str, typer.Option(help="train, val or test, where the source has splits.")] = "train",
+    root: Annotated[str | None, typer.Option(help="Where a named data set lies.")] = None,
     as_json: Json = False,
 ) -> None:
     """Read every image; report classes, counts, sizes and broken files. Exit code 1 if any is broken."""
-    from varkit.data.images import check_images
+    from varkit.data.check import check_images
 
-    report = check_images(source, workers=workers, progress=sys.stderr.isatty() and not as_json)
+    report = check_images(source, workers=workers, split=split, root=root, progress=sys.stderr.isatty() and not as_json)
     typer.echo(json.dumps(report.to_dict()) if as_json else "\n".join(report.lines()))
     if report.broken:
         raise typer.Exit(1)

@@ -5,9 +5,10 @@ Shapes: N stored images, B in a batch, C channels (1 or 3), h w size as stored, 
 
 import logging
 import math
+import os
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import BinaryIO, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,9 @@ log = logging.getLogger("varkit.data")
 
 Mode = Literal["crop", "center", "pad", "squash"]
 
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MAX_FAILURES = 100  # consecutive unreadable images after which a set is given up
+MAX_BYTES = 2**30  # of one encoded image; more than Pillow agrees to decode, whatever the format
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -228,7 +231,10 @@ class ArrayPixels:
 
 
 class FilePixels:
-    """Image files, decoded when asked for; for an unreadable one the next readable one is given."""
+    """Image files, decoded when asked for; for an unreadable one the next readable one is given.
+
+    Images that are encoded but no files of their own are a subclass with another `open`; `paths` then name them.
+    """
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -239,6 +245,11 @@ class FilePixels:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def open(self, index: int) -> BinaryIO:
+        """Image `index` as it is stored, encoded; to be closed. Raises: OSError or ValueError if it cannot be had."""
+        refuse_large(os.stat(self.paths[index]).st_size)
+        return open(self.paths[index], "rb")
 
     def read(self, indices: list[int], keys: Tensor, transform: ImageTransform | None) -> tuple[Tensor, list[int]]:
         uniforms = None if transform is None else transform.uniforms(keys)
@@ -262,8 +273,8 @@ class FilePixels:
             if self.unreadable[index]:
                 continue
             try:
-                with Image.open(self.paths[index]) as file:
-                    return to_rgb(file), index
+                with self.open(index) as file, Image.open(file) as image:
+                    return to_rgb(image), index
             except Exception as error:  # Pillow's plugins raise anything on damaged files
                 self.unreadable[index] = True
                 self.reasons[index] = reason_of(error)
@@ -286,6 +297,12 @@ def stack_images(images: list[Tensor]) -> Tensor:
         some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])
         raise ValueError(f"images of sizes {some} in one batch; give an ImageTransform")
     return torch.stack(images)
+
+
+def refuse_large(size: int) -> None:
+    """Raises ValueError for more bytes than an encoded image can have."""
+    if size > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes; an image may have {MAX_BYTES:,} at most")
 
 
 def reason_of(error: Exception) -> str:

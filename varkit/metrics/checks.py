@@ -43,7 +43,9 @@ def check_images(
             )
     _check_counts(images, real, protocol)
     if "clip-score" in protocol.metrics and images.texts is None:
-        raise ValueError(f"{images.source} has no texts: clip-score needs a metadata.jsonl with a text for every image")
+        raise ValueError(
+            f"{images.source} has no texts: clip-score needs a text for every image, from metadata.jsonl, tars or hf:"
+        )
     if judge is not None and images.labels is not None and judge.classes is not None:
         top = int(images.labels.max())
         if top >= judge.classes:

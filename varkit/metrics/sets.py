@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +155,7 @@ def stored_set(
     size: Size | None = None,
     fit: str = "none",
 ) -> ImageSet:
-    """A folder, an .npz or .npy file, IDX files, or a named data set.
+    """A folder, an .npz or .npy file, IDX files, tars, or a data set by name: what `open_images` opens.
 
     Args:
         split, root: as `varkit.data.images.open_images` takes them.
@@ -202,9 +202,8 @@ def _look(dataset: ImageDataset) -> tuple[dict[Size, str], int]:
     modes: Counter[str] = Counter()
     broken = []
     with ThreadPoolExecutor(THREADS) as pool:
-        for path, (size, mode, error) in zip(
-            dataset.pixels.paths, pool.map(_header, dataset.pixels.paths), strict=True
-        ):
+        headers = pool.map(partial(_header, dataset.pixels), range(len(dataset)))
+        for path, (size, mode, error) in zip(dataset.pixels.paths, headers, strict=True):
             if error:
                 broken.append((path, error))
             else:
@@ -215,9 +214,9 @@ def _look(dataset: ImageDataset) -> tuple[dict[Size, str], int]:
     return sizes, 1 if set(modes) <= {"L", "1", "I;16", "LA"} else 3
 
 
-def _header(path: str) -> tuple[Size, str, str]:
+def _header(pixels: FilePixels, index: int) -> tuple[Size, str, str]:
     try:
-        with Image.open(path) as image:
+        with pixels.open(index) as file, Image.open(file) as image:
             turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # the data sets turn pictures upright
             return (image.size if turned else image.size[::-1]), image.mode, ""
     except Exception as error:  # Pillow's plugins raise anything on damaged files
@@ -246,12 +245,13 @@ def _hash(dataset: ImageDataset, fit: str, size: Size | None) -> str:
     else:
         assert isinstance(dataset.pixels, FilePixels)
         with ThreadPoolExecutor(THREADS) as pool:
-            digest = "".join(pool.map(_file_digest, dataset.pixels.paths))
+            digest = "".join(pool.map(partial(_file_digest, dataset.pixels), range(len(dataset))))
     return hashlib.blake2b(f"{digest} {fit} {size}".encode(), digest_size=16).hexdigest()
 
 
-def _file_digest(path: str) -> str:
-    return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+def _file_digest(pixels: FilePixels, index: int) -> str:
+    with pixels.open(index) as file:
+        return hashlib.blake2b(file.read(), digest_size=16).hexdigest()
 
 
 def hash_arrays(*arrays: np.ndarray) -> str:

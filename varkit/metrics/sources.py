@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varkit.data.hugging_face import PREFIX
 from varkit.data.images import DATASETS
 from varkit.metrics.protocol import Protocol
 from varkit.metrics.reference import Reference, holds_images, is_statistics, read_statistics
@@ -43,7 +44,7 @@ def open_set(
         return frames_as_images(source, protocol, generated=generated)
     if isinstance(source, str):  # `fashion-mnist:test`
         name, colon, named = source.rpartition(":")
-        if colon and (name in DATASETS or Path(name).exists()):
+        if colon and (name in DATASETS or name.startswith(PREFIX) or Path(name).exists()) and name + colon != PREFIX:
             source, split = name, named
     return stored_set(source, split=split, root=root if source in DATASETS else None, size=size, fit=fit)
 

@@ -120,6 +120,7 @@ class Trainer:
         self.validation = None
         if recipe.data.validation is not None:
             self.validation = self._open(recipe.data.validation, recipe.data.validation_split)
+            self._check_classes(self.dataset.classes, self.validation.classes)
         self.accelerator = Accelerator(
             mixed_precision=self.loop.precision,
             log_with=None if self.loop.tracker == "none" else self.loop.tracker,
@@ -172,6 +173,17 @@ class Trainer:
                 f"{self.folder} already holds a run ({latest.name}); continue it with --resume, or choose another "
                 f"folder with out=..."
             )
+
+    @staticmethod
+    def _check_classes(train: list[str], validation: list[str]) -> None:
+        """Ids are positions: a class must stand at the same place in both, where both know names."""
+        numbered = any(classes == [str(i) for i in range(len(classes))] for classes in (train, validation))
+        for position, (ours, theirs) in enumerate(zip(train, validation, strict=False)):
+            if ours != theirs and not numbered:
+                raise ConfigError(
+                    f"data.validation: class {position} is {theirs!r} there and {ours!r} in data.train, ids would not "
+                    "agree; give one source with splits (train_split, validation_split), or the same classes in both"
+                )
 
     def _open(self, source: str, split: str) -> ImageDataset:
         return open_images(source, split=split, root=self.recipe.data.root)
@@ -343,7 +355,8 @@ class Trainer:
     def _move(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images and labels to the device; keys stay on the host, where their few numbers are drawn."""
         device = self.accelerator.device
-        moved = {k: v if k == "keys" else v.to(device, non_blocking=True) for k, v in batch.items()}
+        stay = {k: v for k, v in batch.items() if k == "keys" or not isinstance(v, Tensor)}  # texts are strings
+        moved = {k: v if k in stay else v.to(device, non_blocking=True) for k, v in batch.items()}
         if self.loop.channels_last:
             moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
         return moved

@@ -16,7 +16,7 @@ from varkit.training.optim import OptimConfig
 class DataConfig:
     """Where images come from and how they are cut."""
 
-    train: str  # a folder, an .npz or .npy file, IDX files, or the name of a data set
+    train: str  # a folder, an .npz or .npy file, IDX files, tars, hf:NAME, or the name of a data set (docs/data.md)
     train_split: str = "train"
     validation: str | None = None  # None: no validation
     validation_split: str = "test"

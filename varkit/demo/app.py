@@ -28,10 +28,12 @@ CSS = """
 .pictures .grid-wrap {
   min-height: 0 !important; max-height: none !important; padding: 0 !important; overflow: visible !important;
 }
-.pictures .grid-container { padding: 0 !important; }
+.pictures .grid-container {
+  padding: 0 !important; grid-template-rows: none !important; grid-auto-rows: auto !important;
+}
 .pictures .empty { min-height: 130px !important; }
 .pictures .caption-label { font-size: 0.72rem; padding: 1px 6px; right: 4px; bottom: 4px; max-width: calc(100% - 8px); }
-.examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; grid-auto-rows: auto !important; }
+.examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 .examples .thumbnail-item, .examples .gallery-item { min-width: 0 !important; width: 100% !important; }
 .examples .thumbnail-item { height: auto !important; aspect-ratio: 1; }
 .run-row { flex-wrap: nowrap !important; }

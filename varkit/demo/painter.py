@@ -41,7 +41,8 @@ STYLE = """
 .stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; cursor: crosshair; }
 .tools { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
 .stage:focus-within { outline: 2px solid var(--color-accent); outline-offset: 2px; }
-.tools button { margin: 0 !important; font-weight: 500 !important; padding: 4px 10px; border: 1px solid var(--border-color-primary); border-radius: 6px;
+.tools button { margin: 0 !important; font-weight: 500 !important; padding: 4px 10px;
+  border: 1px solid var(--border-color-primary); border-radius: 6px;
   background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); font-size: 0.85rem; }
 .tools button:hover { background: var(--button-secondary-background-fill-hover); }
 """

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from tests.test_demo import save_tiny
+from varkit.pipelines.auto import zoo_models
 
 ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -109,15 +110,21 @@ class Browser:
         self.run("arguments[0].scrollIntoView({block: 'center'})", {ELEMENT: element})
         self.call("POST", f"/element/{element}/click", {})
 
-    def drag(self, selector: str, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """Press at one place of an element, as shares of its sides, and let go at another."""
+    def drag(self, selector: str, start: tuple[float, float], end: tuple[float, float], pointer: str = "mouse") -> None:
+        """Press at one place of an element, as shares of its sides, and let go at another.   pointer: mouse, touch."""
         script = "const e = document.querySelector(arguments[0]); e.scrollIntoView({block: 'center'}); "
         box = self.run(script + "const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]", selector)
         a, b = ([round(box[i] + share * box[i + 2]) for i, share in enumerate(place)] for place in (start, end))
         actions: list[dict[str, Any]] = [{"type": "pointerMove", "x": a[0], "y": a[1], "duration": 0}]
         actions += [{"type": "pointerDown", "button": 0}]
         actions += [{"type": "pointerMove", "x": b[0], "y": b[1], "duration": 400}, {"type": "pointerUp", "button": 0}]
-        self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": actions}]})
+        source = {"type": "pointer", "id": pointer, "parameters": {"pointerType": pointer}, "actions": actions}
+        self.call("POST", "/actions", {"actions": [source]})
+
+    def press(self, keys: str) -> None:
+        """Press keys one after another, where the focus is."""
+        actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keys", "actions": actions}]})
 
     def send_file(self, selector: str, path: Path) -> None:
         self.call("POST", f"/element/{self.find(selector)}/value", {"text": str(path)})
@@ -156,20 +163,13 @@ def shots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of the demo, served by `python app.py` with a tiny pipeline (or VARKIT_MODEL's)."""
-    folder = tmp_path_factory.mktemp("demo")
-    model = os.environ.get("VARKIT_MODEL") or str(save_tiny(folder / "tiny-var"))
-    port, log = free_port(), folder / "server.log"
-    with process(
-        [sys.executable, "app.py"],
-        log,
-        VARKIT_MODEL=model,
-        GRADIO_SERVER_PORT=str(port),
-        GRADIO_SERVER_NAME="127.0.0.1",
-        OMP_NUM_THREADS="1",
-    ) as server:
+@contextmanager
+def served(command: list[str], log: Path, **env: str) -> Iterator[str]:
+    """The address of a demo that this command starts."""
+    port = free_port()
+    env |= {"GRADIO_SERVER_PORT": str(port), "GRADIO_SERVER_NAME": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *(word.format(port=port) for word in command)]
+    with process(command, log, **env) as server:
         url = f"http://127.0.0.1:{port}/"
 
         def ready() -> bool:
@@ -179,6 +179,29 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         wait("the demo to start", ready, 180)
         yield url
         assert "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of the demo, served by `python app.py` with a tiny pipeline (or VARKIT_MODEL's)."""
+    folder = tmp_path_factory.mktemp("demo")
+    model = os.environ.get("VARKIT_MODEL") or str(save_tiny(folder / "tiny-var"))
+    with served(["app.py"], folder / "server.log", VARKIT_MODEL=model) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `varkit demo` with fashion-var and, as real images, those in the repository."""
+    if "fashion-var" not in zoo_models():
+        pytest.skip("fashion-var is not in this checkout")
+    folder = tmp_path_factory.mktemp("shipped")
+    with np.load(ROOT / "tests" / "data" / "fashion_slice.npz") as file:
+        grey = file["arr_0"]
+        np.savez(folder / "real.npz", arr_0=np.repeat(grey.reshape(*grey.shape[:3], 1), 3, 3), arr_1=file["arr_1"])
+    command = ["-m", "varkit", "demo", "--port", "{port}", "--reference", str(folder / "real.npz")]
+    with served(command, folder / "server.log", XDG_CACHE_HOME=str(folder / "cache")) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
@@ -297,3 +320,67 @@ def test_a_too_large_image_is_refused_in_words(browser: Browser, tmp_path: Path)
 def test_nothing_is_loaded_from_elsewhere(browser: Browser, page: str) -> None:
     loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [u for u in loaded if not u.startswith((page, "data:", "blob:"))] == []
+
+
+# ---- fashion-var, on a phone in the dark --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def phone(browser: Browser, shipped: str) -> Iterator[Browser]:
+    browser.width(390, 844)
+    browser.open(shipped + "?__theme=dark")
+    wait("the page to appear", lambda: browser.text("#generate-button"))
+    yield browser
+    assert browser.run("return document.documentElement.scrollWidth") <= 390
+    assert browser.errors() == []
+    browser.width(1280, 900)
+
+
+def set_number(browser: Browser, selector: str, value: int) -> None:
+    script = (
+        "const box = document.querySelector(arguments[0]); "
+        "Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value').set.call(box, arguments[1]); "
+        "for (const kind of ['input', 'change', 'blur']) box.dispatchEvent(new Event(kind, {bubbles: true}))"
+    )
+    browser.run(script, selector, value)
+
+
+def test_an_evaluation_shows_scores_contact_sheet_and_report(phone: Browser, shots: Path) -> None:
+    tab(phone, "Evaluate")
+    wait("the tab", lambda: phone.text("#evaluate-button"))
+    set_number(phone, "#evaluate-num input[type=number]", 16)
+    phone.click("#evaluate-button")
+    wait("the scores", lambda: "16 images drawn and scored" in phone.text("#evaluate-status"), 300)
+    scores = phone.text("#evaluate-scores")
+    assert all(word in scores for word in ("FD(classifier)", "accuracy", "precision", "nearest neighbour"))
+    assert "--num 16" in phone.text("#evaluate-command").replace("\n", " ")
+    wait("contact sheet and nearest images", lambda: phone.pictures("#evaluate-pictures") == 2)
+    sides = "return [...document.querySelectorAll('#evaluate-scores td')].map(e => e.getBoundingClientRect().width)"
+    assert min(phone.run(sides)) > 200  # no column of single letters
+    phone.screenshot(shots / "evaluate-390-dark.png", whole=True)
+
+
+def test_a_finger_and_keys_mark_what_is_redrawn(phone: Browser, shots: Path) -> None:
+    tab(phone, "Edit")
+    wait("the preview", lambda: phone.pictures("#painter") == 1, 120)
+    phone.run("document.querySelector('#painter [data-tool=clear]').click()")
+    phone.drag("#painter canvas", (0.6, 0.94), (0.95, 0.94), "touch")
+    phone.run("document.querySelector('#painter canvas').focus()")
+    phone.press("\ue015\ue014 ")  # down, which only shows the place; right; space
+    phone.click("#edit-button")
+    wait("the edit", lambda: "Redrawn" in phone.text("#edit-status"))
+    marks = re.search(r'"([01/]+)"', phone.text("#snippet").replace("\n", ""))
+    assert marks is not None
+    assert marks[1].split("/") == ["01000000", *["00000000"] * 6, "00001111"]
+    phone.screenshot(shots / "edit-390-dark.png", whole=True)
+
+
+def test_a_stopped_run_is_left_and_the_next_one_ends(phone: Browser) -> None:
+    set_number(phone, "#num input[type=number]", 16)
+    phone.click("#generate-button")
+    wait("the first step", lambda: "Step" in phone.text("#status"))
+    phone.click("#generate-stop")
+    wait("the word", lambda: "Stopped." in phone.text("#status"))
+    set_number(phone, "#num input[type=number]", 2)
+    phone.click("#generate-button")
+    wait("the next run", lambda: "2 images" in phone.text("#status"))

@@ -25,17 +25,30 @@ CSS = """
 .note p { color: var(--body-text-color-subdued); font-size: 0.92rem; }
 .heading p { font-weight: 600; margin: 0; }
 .pictures { background: none !important; border: none !important; box-shadow: none !important; }
-.pictures .grid-wrap { min-height: 0 !important; padding: 0 !important; overflow: visible !important; }
-.pictures .grid-container { padding: 0 !important; }
+.pictures .grid-wrap {
+  min-height: 0 !important; max-height: none !important; padding: 0 !important; overflow: visible !important;
+}
+.pictures .grid-container {
+  padding: 0 !important; grid-template-rows: none !important; grid-auto-rows: auto !important;
+}
 .pictures .empty { min-height: 130px !important; }
 .pictures .caption-label { font-size: 0.72rem; padding: 1px 6px; right: 4px; bottom: 4px; max-width: calc(100% - 8px); }
 .examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 .examples .thumbnail-item, .examples .gallery-item { min-width: 0 !important; width: 100% !important; }
+.examples .thumbnail-item { height: auto !important; aspect-ratio: 1; }
 .run-row { flex-wrap: nowrap !important; }
 .seed-row { align-items: end; }
 .cm-scroller { font-size: 0.85rem; }
+body:not(.dark) .cm-line span { color: inherit !important; }
+.tab-container button.selected { color: var(--body-text-color) !important; }
 #evaluate-scores { overflow-x: auto; }
+#evaluate-scores th, #evaluate-scores td { word-break: normal; border-color: var(--border-color-primary) !important; }
 #evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
+#painter .html-container { padding: 0 !important; }
+#evaluate-pictures .grid-container { grid-template-columns: 3fr 2fr !important; align-items: start; }
+#evaluate-pictures .thumbnail-item { display: block; aspect-ratio: auto; height: auto !important; }
+#evaluate-pictures img { height: auto; image-rendering: pixelated; }
+#evaluate-pictures .caption-label { position: static; max-width: 100%; white-space: normal; text-align: left; }
 @media (max-width: 640px) {
   .tab-wrapper, .tab-container { min-width: 0 !important; }
   .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
@@ -43,6 +56,13 @@ CSS = """
   #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
   }
+  #evaluate-pictures .grid-container { grid-template-columns: 1fr !important; }
+  #evaluate-scores thead { display: none; }
+  #evaluate-scores :is(table, tbody, tr, td) { display: block; margin: 0; border: none !important; }
+  #evaluate-scores tr { padding: 8px 0; border-bottom: 1px solid var(--border-color-primary) !important; }
+  #evaluate-scores td { padding: 2px 0 !important; text-align: left !important; }
+  #evaluate-scores td:nth-child(2) { font-weight: 600; }
+  #evaluate-scores td:nth-child(3)::before { content: "interval: "; }
 }
 """
 
@@ -109,6 +129,7 @@ def launch(
         font=[gr.themes.Font(name) for name in SYSTEM_FONTS],
         font_mono=[gr.themes.Font(name) for name in MONO_FONTS],
     )
+    theme.set(body_text_color_subdued="*neutral_500")  # gradio's own is too pale to read on white
     try:
         demo.launch(
             server_name=host,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from varkit.demo.common import MAX_SEED, class_choices, need_gradio, new_seed, setting_updates
+from varkit.demo.files import keeping
 
 NETWORK: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "network"}
 """Arguments of events that run a network for a moment: one line of waiting for all of them."""
@@ -135,7 +136,7 @@ def wire(
     """
     start, stop = start_stop
     event = start.click(
-        handler,
+        keeping(handler, status.GRADIO_CACHE),
         list(inputs),
         list(outputs),
         api_name=name,

@@ -106,8 +106,9 @@ def snippet(
     arguments += [f"{k}={v!r}" for k, v in settings.items()]
     return (
         "import torch\n"
-        "from PIL import Image, ImageOps\n"
-        "from varkit import AutoPipeline\n\n"
+        "from PIL import Image\n"
+        "from varkit import AutoPipeline\n"
+        "from varkit.data.transforms import to_rgb\n\n"
         f"{opening(source, exact)}"
         f'mask = torch.tensor([[int(cell) for cell in row] for row in "{marks}".split("/")])\n'
         f"result = pipeline.edit(image, {', '.join(arguments)})\n"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from varkit.demo.common import Models, check_seed, enlarge, need_gradio, number, readable_errors, setting_updates, whole
 from varkit.demo.controls import LONG, buttons, code, gallery, heading, note, seed_controls, wire, wire_model
+from varkit.demo.files import keep
 from varkit.demo.running import Step, Teller, stream
 from varkit.metrics.evaluate import evaluate as score
 from varkit.metrics.protocol import Protocol, load_protocol
@@ -113,15 +114,13 @@ def table(report: Report) -> str:
 
 def save(report: Report, folder: str) -> tuple[str | None, str]:
     """The report's page as a file that gradio may serve; or None, and a sentence that says why."""
-    from gradio.processing_utils import save_bytes_to_cache
-
     from varkit.metrics.html import html
 
     try:
         page = html(report)
     except ImportError:
         return None, " The report needs `varkit[eval]` on the server."
-    return save_bytes_to_cache(page.encode(), "varkit-report.html", folder), ""
+    return keep(page.encode(), "varkit-report.html", folder), ""
 
 
 def command(source: str, reference: str, num: int, guidance: float, seed: int) -> str:

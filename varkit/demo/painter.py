@@ -19,7 +19,9 @@ from varkit.demo.common import need_gradio
 
 TEMPLATE = """
 <div class="painter" data-rows="${rows}" data-columns="${columns}">
-  <div class="stage"><img src="${image}" alt="The image as the model sees it" draggable="false"><canvas></canvas></div>
+  <div class="stage"><img src="${image}" alt="The image as the model sees it" draggable="false">
+    <canvas tabindex="0" role="application"
+      aria-label="Cells to redraw: drag to mark, or arrow keys to move and space to mark or unmark"></canvas></div>
   <div class="tools" role="toolbar" aria-label="Marks">
     <button type="button" data-tool="left">Left half</button>
     <button type="button" data-tool="right">Right half</button>
@@ -38,7 +40,9 @@ STYLE = """
 .stage img[src=""] { visibility: hidden; aspect-ratio: 1; }
 .stage canvas { position: absolute; inset: 0; width: 100%; height: 100%; touch-action: none; cursor: crosshair; }
 .tools { display: flex; flex-wrap: wrap; gap: 6px; margin-top: 8px; }
-.tools button { padding: 4px 10px; border: 1px solid var(--border-color-primary); border-radius: 6px;
+.stage:focus-within { outline: 2px solid var(--color-accent); outline-offset: 2px; }
+.tools button { margin: 0 !important; font-weight: 500 !important; padding: 4px 10px;
+  border: 1px solid var(--border-color-primary); border-radius: 6px;
   background: var(--button-secondary-background-fill); color: var(--button-secondary-text-color); font-size: 0.85rem; }
 .tools button:hover { background: var(--button-secondary-background-fill-hover); }
 """
@@ -46,7 +50,7 @@ STYLE = """
 SCRIPT = """
 const part = (selector) => element.querySelector(selector);
 const sides = () => [Number(part('.painter').dataset.rows), Number(part('.painter').dataset.columns)];
-let cells = [], stroke = null, last = null;
+let cells = [], stroke = null, last = null, cursor = null;
 
 function read() {
   const [rows, columns] = sides();
@@ -65,6 +69,10 @@ function draw() {
     pen.fillStyle = 'rgba(249, 115, 22, 0.6)';
     pen.fillRect(c * k, r * k, k, k);
   }
+  if (!cursor) return;
+  pen.lineWidth = 4;
+  pen.strokeStyle = 'white';
+  pen.strokeRect(cursor[1] * k + 2, cursor[0] * k + 2, k - 4, k - 4);
 }
 function send() {
   props.value = cells.map((row) => row.map((cell) => (cell ? '1' : '0')).join('')).join('/');
@@ -114,6 +122,18 @@ element.addEventListener('click', (event) => {
   draw();
   send();
 });
+const arrows = {ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1]};
+element.addEventListener('keydown', (event) => {
+  const step = arrows[event.key], space = event.key === ' ';
+  if (event.target.tagName !== 'CANVAS' || !(step || space)) return;
+  event.preventDefault();
+  const start = cursor || [0, 0];
+  cursor = step && cursor ? start.map((at, i) => Math.min(Math.max(at + step[i], 0), sides()[i] - 1)) : start;
+  if (space) cells[cursor[0]][cursor[1]] = !cells[cursor[0]][cursor[1]];
+  draw();
+  if (space) send();
+});
+element.addEventListener('focusout', () => { cursor = null; draw(); });
 watch(['value', 'image', 'rows', 'columns'], () => { if (stroke === null) { read(); draw(); } });
 read();
 draw();

@@ -63,8 +63,9 @@ def snippet(source: str, exact: tuple[int, int] | None) -> str:
     """Python that makes the same reconstruction.   exact: (width, height) when the image was enlarged from that."""
     return (
         "import torch\n"
-        "from PIL import Image, ImageOps\n"
+        "from PIL import Image\n"
         "from varkit import AutoPipeline\n"
+        "from varkit.data.transforms import to_rgb\n"
         "from varkit.pipelines.edit import image_to_tensor\n\n"
         f"{opening(source, exact)}"
         "pixels = image_to_tensor(image, pipeline.image_tokenizer.image_size)\n"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from varkit.data.transforms import to_rgb
 from varkit.demo.common import Models, need_gradio, readable_errors
 from varkit.demo.controls import HIDDEN, NETWORK, RAW, gallery
+from varkit.demo.files import keeping, kept
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -19,7 +22,7 @@ Upload = Mapping[str, Any]
 
 
 def read_upload(upload: Upload | None, side: int) -> Image.Image:
-    """The image in a file a visitor sent, upright, RGB.
+    """The image in a file a visitor sent (of a moving one the first), upright, RGB; see `to_rgb`.
 
     Args: side: pixels of the longer side, at most.
     Raises: ValueError: none, no image, or too large.
@@ -31,10 +34,11 @@ def read_upload(upload: Upload | None, side: int) -> Image.Image:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size  # from the header: nothing is decoded yet
             if max(width, height) <= side:
-                return ImageOps.exif_transpose(file).convert("RGB")
+                file.load()
+                return to_rgb(file)
     except Image.DecompressionBombError:
         raise ValueError(f"the image is far too large; send at most {side} a side") from None
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, EOFError, ValueError, struct.error):
         raise ValueError(f"this file is not an image that can be read; send {', '.join(FORMATS)}") from None
     raise ValueError(f"the image has {width} x {height} pixels; send at most {side} a side")
 
@@ -56,7 +60,7 @@ def opening(source: str, exact: tuple[int, int] | None) -> str:
     shrink = f".resize({exact}, Image.Resampling.NEAREST)" if exact else ""
     return (
         f"pipeline = AutoPipeline.from_pretrained({source!r})\n"
-        f'image = ImageOps.exif_transpose(Image.open("image.png")){shrink}  # the image above\n'
+        f'image = to_rgb(Image.open("image.png")){shrink}  # the image above\n'
     )
 
 
@@ -99,11 +103,11 @@ def wire_examples(models: Models, model: Any, tab: Any, upload: Any, examples: A
     """Fill the examples when the tab is opened or the model changes; a click on one puts it into the box."""
     gr = need_gradio()
 
-    def on_pick(name: str, event: Any) -> Image.Image:
-        return pick_example(models, name, event.index)
+    def on_pick(name: str, event: Any) -> str:
+        return kept(pick_example(models, name, event.index), examples.GRADIO_CACHE)
 
     on_pick.__annotations__ = {"event": gr.SelectData}  # gradio goes by the annotation
-    fill = (partial(show_examples, models), [model, upload], [examples, upload])
+    fill = (keeping(partial(show_examples, models), examples.GRADIO_CACHE), [model, upload], [examples, upload])
     tab.select(*fill, **RAW, **NETWORK, **HIDDEN)
     model.change(*fill, **RAW, **NETWORK, **HIDDEN)
     examples.select(on_pick, model, upload, **HIDDEN)

@@ -28,7 +28,8 @@ from varkit.data.fashion import read_array
 from varkit.data.images import open_images
 from varkit.data.npz import map_npz, write_npz
 from varkit.pictures import read_settings, to_uint8
-from varkit.pipelines.sample_set import SampleSet, draw, fingerprint, labels_for, launched, sample_set
+from varkit.pipelines.fingerprint import fingerprint
+from varkit.pipelines.sample_set import SampleSet, draw, labels_for, launched, sample_set
 
 SCRIPT = Path(__file__).parents[1] / "sample" / "sample_npz.py"
 NUM, BLOCK = 11, 4  # three blocks, the last one short
@@ -397,22 +398,22 @@ def test_a_set_that_is_there_stays(pipe: Any, whole: Path, tmp_path: Path, made:
 def test_the_record_says_how_the_set_was_made(pipe: Any, whole: Path) -> None:
     record = json.loads((whole.parent / "x.npz.json").read_text())
     expected = {"num": NUM, "seed": 5, "labels": "cycled", "rule": "round", "shuffle_seed": 0, "block_size": BLOCK}
-    expected |= {"guidance_scale": 2.0, "top_p": 0.9, "dtype": "float32", "weights": fingerprint(pipe)}
+    expected |= {"guidance_scale": 2.0, "top_p": 0.9, "dtype": "float32", "weights": fingerprint(pipe.components)}
     expected |= {"device": "cpu", "batch_size": BLOCK, "processes": 1}
     assert expected.items() <= record.items() and {"model", "version", "temperature"} <= record.keys()
 
 
 def test_the_fingerprint_is_of_weights_and_architecture(pipe: Any) -> None:
-    assert fingerprint(build()) == fingerprint(pipe)
-    seen = {fingerprint(pipe)}
+    assert fingerprint(build().components) == fingerprint(pipe.components)
+    seen = {fingerprint(pipe.components)}
     for part in ("transformer", "image_tokenizer"):
         other = build()
         with torch.no_grad():
             list(getattr(other, part).parameters())[-1].flatten()[0] += 1e-3
-        seen.add(fingerprint(other))
+        seen.add(fingerprint(other.components))
     other = build()
     other.transformer.register_to_config(num_heads=1)
-    seen.add(fingerprint(other))
+    seen.add(fingerprint(other.components))
     assert len(seen) == 4
 
 

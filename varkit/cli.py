@@ -347,6 +347,75 @@ def data_fashion(
 
 @app.command()
 @refusing
+def tokenize(
+    name: Annotated[str, typer.Argument(help="A tokenizer: a shipped model, a folder, a released checkpoint or file.")],
+    data: Annotated[str, typer.Argument(help="Images: whatever `varkit data check` reads.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token files; an unfinished one is gone on with.")],
+    split: Annotated[str, typer.Option(help="train, val, validation or test.")] = "train",
+    mode: Annotated[
+        str, typer.Option(help="center, pad or squash: how images come to the tokenizer's size.")
+    ] = "center",
+    enlarge: Annotated[
+        list[float] | None,
+        typer.Option(help="Size of what is cut from, in image sizes: 1; of ten crops 1.1, or several by repeating it."),
+    ] = None,
+    crops: Annotated[int, typer.Option(help="1, or 10: corners, middle and their mirror images.")] = 1,
+    flip: Annotated[bool, typer.Option("--flip", help="Also code each mirror image.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Images that are written, or lost at a stop, together.")
+    ] = 2048,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of tokenizers that draw.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    as_json: Json = False,
+) -> None:
+    """Code a set of images once, for training from token files. Run it again to go on after a stop."""
+    import torch
+
+    from varkit.pipelines.auto import open_tokenizer
+    from varkit.pipelines.extract_codes import Views, extract_codes
+    from varkit.pipelines.sample_set import launched
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    views = Views(mode=mode, enlarge=tuple(enlarge or [1.1 if crops == 10 else 1.0]), crops=crops, flip=flip)  # type: ignore[arg-type]
+    state = launched(device)
+    began = time.perf_counter()
+    result = extract_codes(
+        open_tokenizer(name).eval().to(state.device, getattr(torch, dtype)),
+        data,
+        out,
+        name=name,
+        split=split,
+        views=views,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        workers=workers,
+        seed=seed,
+        process_index=state.process_index,
+        num_processes=state.num_processes,
+        announce=say,
+        progress=state.is_main_process and not as_json,
+    )
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - began
+    if state.is_main_process:
+        if as_json:
+            typer.echo(json.dumps({**result._asdict(), "folder": str(out), "views": views.names, "seconds": seconds}))
+        else:
+            lost = f", {result.skipped} unreadable and left out" if result.skipped else ""
+            whose = "" if state.num_processes == 1 else " by this process"
+            typer.echo(
+                f"wrote {out}: {result.made} images{whose} in {seconds:.1f} s, {result.there} were there{lost}; "
+                f"{len(views.names)} views each"
+            )
+    state.destroy_process_group()
+
+
+@app.command()
+@refusing
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe (`varkit list`) or the path of a .yaml file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=2e-4 out=runs/a")] = None,

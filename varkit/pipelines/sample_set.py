@@ -8,8 +8,6 @@ in `sample_store.py`.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -19,13 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from varkit import __version__
 from varkit.config import nearest
 from varkit.pictures import UInt8Rule, to_uint8
 from varkit.pipelines.auto import best_device
+from varkit.pipelines.fingerprint import fingerprint
 from varkit.pipelines.sample_store import SampleStore
 from varkit.rng import Draw, Rng
 
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 LABEL_RULES = ("cycled", "balanced", "random")
 LONGEST_WAIT = timedelta(days=7)
 """For the slowest process and the final writing; torch's own ten minutes are less than a block may take."""
-LOOK = 1024
-"""Values of a tensor that its fingerprint reads."""
 
 
 def labels_for(num: int, num_classes: int, rule: str, seed: int) -> list[int]:
@@ -98,21 +95,6 @@ def draw(
     return to_uint8(images, rule)
 
 
-def fingerprint(pipeline: Any) -> str:
-    """16 hex digits of the networks' configurations and of up to 1024 values of each of their tensors."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, part in sorted(pipeline.components.items()):
-        if not isinstance(part, nn.Module):
-            continue
-        values: Any = part.config
-        config = {k: v for k, v in values.items() if not k.startswith("_")}
-        digest.update(f"{name} {type(part).__name__} {json.dumps(config, sort_keys=True, default=str)}".encode())
-        for key, tensor in part.state_dict().items():
-            some = tensor.detach().flatten()[:: max(1, -(-tensor.numel() // LOOK))].contiguous().cpu()
-            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode() + some.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 class SampleSet:
     """N images of a pipeline, and the `store` that they go to.
 
@@ -152,7 +134,7 @@ class SampleSet:
         self.labels = labels_for(num, pipeline.transformer.num_classes, labels, seed)
         record = {
             "model": name,
-            "weights": fingerprint(pipeline),
+            "weights": fingerprint(pipeline.components),
             "num": num,
             "seed": seed,
             "labels": labels,

@@ -1,0 +1,207 @@
+"""Coding a set of images once: sharded, resumable, by any number of processes.
+
+    extract_codes("fashion-vq-tokenizer", "photos/", Path("codes"), views=Views(flip=True))
+
+The official trainers of LlamaGen and RAR read such files: ten crops and mirror images of each image, coded beforehand.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from varkit.data.codes import (
+    CodeInfo,
+    shard_is_whole,
+    storage_dtype,
+    write_info,
+    write_shard,
+)
+from varkit.data.images import ImageDataset, collate, open_images
+from varkit.data.transforms import ImageTransform, Mode
+from varkit.pipelines.auto import open_tokenizer
+from varkit.pipelines.fingerprint import tokenizer_fingerprint
+from varkit.rng import Rng
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which fixed views of each image are coded.
+
+    Args:
+        mode, enlarge: as `ImageTransform`, but for `crop`, which is random: `center`, `pad` or `squash`.
+        crops: 1, or 10: four corners, the middle, and their mirror images (torchvision's TenCrop) of a centre crop.
+        enlarge: size of what is cut from, in image sizes; of ten crops there may be several, such as LlamaGen's
+            (1.1, 1.05): ten views each.
+        flip: each view and its mirror image; ten crops have theirs already.
+    Raises: ValueError when they do not go together.
+    """
+
+    mode: Mode = "center"
+    enlarge: tuple[float, ...] = (1.0,)
+    crops: int = 1
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode == "crop":
+            raise ValueError("mode crop is random; tokens are made of fixed views: center, pad or squash")
+        if self.crops not in (1, 10):
+            raise ValueError(f"crops must be 1 or 10; got {self.crops}")
+        if not self.enlarge or min(self.enlarge) < 1:
+            raise ValueError(f"enlarge must be at least 1; got {self.enlarge}")
+        if self.crops == 10 and (self.mode != "center" or self.flip):
+            raise ValueError("ten crops are cut from a centre crop and hold their mirror images: mode center, no flip")
+        if self.crops == 10 and min(self.enlarge) == 1:
+            raise ValueError("ten crops of an image that is no larger than a crop are all alike; use enlarge 1.1")
+        if self.crops == 1 and len(self.enlarge) > 1:
+            raise ValueError("several enlarge values are for ten crops")
+
+    @property
+    def names(self) -> list[str]:
+        """One name a view, in order."""
+        if self.crops == 10:
+            places = ("top left", "top right", "bottom left", "bottom right", "middle")
+            return [f"{e:g}x {p}{m}" for e in self.enlarge for m in ("", " mirrored") for p in places]
+        plain = f"{self.mode} {self.enlarge[0]:g}x" if self.mode == "center" else self.mode
+        return [plain, f"{plain} mirrored"] if self.flip else [plain]
+
+    def transforms(self, size: tuple[int, int]) -> list[ImageTransform]:
+        """How images are read, once for each; `cut` makes views of what comes."""
+        height, width = size
+        if self.crops == 10:
+            return [ImageTransform((int(height * e), int(width * e)), mode="center", enlarge=1.0) for e in self.enlarge]
+        return [ImageTransform(size, mode=self.mode, enlarge=self.enlarge[0])]
+
+    def cut(self, images: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, 3, H', W') as one of `transforms` gives them -> (B, v, 3, H, W)."""
+        if self.crops == 1:
+            return torch.stack([images, images.flip(-1)] if self.flip else [images], 1)
+        (height, width), down, right = size, images.shape[-2] - size[0], images.shape[-1] - size[1]
+        places = [(0, 0), (0, right), (down, 0), (down, right), (round(down / 2), round(right / 2))]
+        return torch.stack(
+            [
+                side[..., top : top + height, left : left + width]
+                for side in (images, images.flip(-1))
+                for top, left in places
+            ],
+            1,
+        )
+
+
+class Extracted(NamedTuple):
+    """What `extract_codes` did. skipped: images that could not be read, of the shards made now."""
+
+    folder: Path
+    images: int
+    made: int
+    there: int  # images of shards that were there already
+    skipped: int
+
+
+def extract_codes(
+    tokenizer: Any,
+    source: str,
+    out: Path,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    root: str | Path | None = None,
+    views: Views | None = None,
+    batch_size: int = 64,
+    shard_size: int = 2048,
+    workers: int = 0,
+    seed: int = 0,
+    process_index: int = 0,
+    num_processes: int = 1,
+    announce: Callable[[str], None] | None = None,
+    progress: bool = False,
+) -> Extracted:
+    """Write the tokens of a set of images; what is there already is kept, so a stopped run goes on.
+
+    An image's tokens do not depend on batch, shard or process. Shards go to processes in turn.
+
+    Args:
+        tokenizer: a `Tokenizer` on its device, or a name that `open_tokenizer` takes.
+        source, split, root: as `varkit.data.open_images` takes them.   name: what the record calls the tokenizer.
+        views: of each image; one centre crop unless given.
+        batch_size: images encoded at once (V views each).   shard_size: images a file, lost together at a stop.
+        workers: processes that read images.   seed: of tokenizers that draw (posterior samples, stochastic bits).
+    Raises: ValueError before any work on a folder with other tokens, or bad sizes.
+    """
+    if min(batch_size, shard_size) < 1:
+        raise ValueError(f"batch_size and shard_size must be at least 1; got {batch_size} and {shard_size}")
+    views = Views() if views is None else views
+    if isinstance(tokenizer, str):
+        name, tokenizer = name or tokenizer, open_tokenizer(tokenizer).eval()
+    dataset = open_images(source, split=split, root=root)
+    storage = storage_dtype(tokenizer.layout)
+    info = CodeInfo(
+        layout=tokenizer.layout.to_dict(),
+        tokenizer=name or type(tokenizer).__name__,
+        fingerprint=tokenizer_fingerprint(tokenizer),
+        source=str(source),
+        split=split,
+        count=len(dataset),
+        shard_size=shard_size,
+        classes=list(dataset.classes),
+        views=views.names,
+        dtype=str(storage).removeprefix("torch."),
+        texts=dataset.texts is not None,
+    )
+    write_info(out, info)  # processes that start together write the same
+    mine = range(process_index, info.shards, num_processes)
+    wanted = [k for k in mine if not shard_is_whole(out, info, k)]
+    there = sum(len(info.images_of(k)) for k in mine) - sum(len(info.images_of(k)) for k in wanted)
+    if there and announce is not None:
+        announce(f"{there} images are there already")
+    made = skipped = 0
+    total = sum(len(info.images_of(k)) for k in wanted)
+    with tqdm(total=total, unit="image", disable=not progress, file=sys.stderr) as bar:
+        for shard in wanted:
+            parts = list(_shard(tokenizer, dataset, list(info.images_of(shard)), views, batch_size, workers, seed, bar))
+            index = torch.cat([i for i, _ in parts])
+            tokens = torch.cat([t for _, t in parts]).to(storage)
+            texts = None if dataset.texts is None else [dataset.texts[i] for i in index.tolist()]
+            write_shard(out, shard, tokens, dataset.labels[index], index, texts)
+            made += len(index)
+            skipped += len(info.images_of(shard)) - len(index)
+    return Extracted(out, len(dataset), made, there, skipped)
+
+
+@torch.no_grad()
+def _shard(
+    tokenizer: Any,
+    dataset: ImageDataset,
+    indices: list[int],
+    views: Views,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    bar: Any,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images of a shard in batches: their numbers (b,) and tokens (b, V, ...), without those that do not decode."""
+    size, device = tokenizer.image_size, next(tokenizer.parameters()).device
+    loaders = []
+    for transform in views.transforms(size):
+        reader = copy(dataset)
+        reader.transform = transform
+        subset = Subset(reader, indices)
+        loaders.append(DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate))
+    for batches in zip(*loaders, strict=True):
+        first = batches[0]["index"]
+        cut = torch.cat([views.cut(batch["images"], size) for batch in batches], 1)  # b V 3 H W
+        keys = first[:, None] * cut.shape[1] + torch.arange(cut.shape[1])  # each view has random numbers of its own
+        rng = Rng.for_keys(seed, keys.flatten())
+        tokens = tokenizer.encode(cut.flatten(0, 1).to(device), rng.to(device))
+        real = first == batches[0]["keys"]  # in place of a damaged image the next one is given
+        bar.update(len(first))
+        yield first[real], tokens.unflatten(0, cut.shape[:2])[real.to(device)].cpu()

@@ -399,6 +399,7 @@ def test_a_released_file_becomes_a_model_of_own_classes(tmp_path: Path, monkeypa
     monkeypatch.setattr(next_scale.Training, "pictures", lambda *_: None)  # fifty images of 256 pixels
     write_official(small_var(), tmp_path / "var_d16.pth")
     write_official(small_tokenizer(), tmp_path / "vae.pth")
+    released = (tmp_path / "var_d16.pth").read_bytes()
     run("convert", tmp_path / "var_d16.pth", "--tokenizer", tmp_path / "vae.pth", "--to", tmp_path / "official")
     common = [f"data.train={SLICE}", "data.mode=squash", "data.workers=0", "loop.precision=no", *QUICK]
     common += ["loop.batch_size=2", "loop.steps=1"]
@@ -410,5 +411,6 @@ def test_a_released_file_becomes_a_model_of_own_classes(tmp_path: Path, monkeypa
         result = run("train", "finetune_var", *common, *words)
         assert "class embedding: 3 -> 10 classes; 0 rows kept by number, 10 new (as the null class)" in result.stderr
     assert_same(exported(tmp_path / "a"), exported(tmp_path / "b"))
+    assert (tmp_path / "var_d16.pth").read_bytes() == released  # it was mapped into memory, not written to
     run("sample", tmp_path / "a" / "model", "--class", "9", "--num", 1, "--out", tmp_path / "one.png")
     assert (tmp_path / "one.png").stat().st_size > 1000

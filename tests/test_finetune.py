@@ -93,22 +93,13 @@ def objective(source: Path, classes: list[str] | None = None, **changes: Any) ->
 # ---- the classes ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("init", ["null", "mean", "random"])
-def test_known_classes_and_no_class_answer_as_before(init: Any) -> None:
+def test_known_classes_and_no_class_answer_as_before() -> None:
     before, model = tiny(), tiny()
-    note = resize_classes(model, OWN, NAMES, init=init)
-    assert note.startswith("class embedding: 3 -> 4 classes; 2 rows kept by name, 2 new (")
+    note = resize_classes(model, OWN, NAMES)
+    assert note == "class embedding: 3 -> 4 classes; 2 rows kept by name, 2 new (as the null class)"
     assert model.num_classes == model.config.num_classes == 4 and model.class_emb.weight.shape == (5, 32)
-    assert torch.equal(answers(model, [0, 2, 4]), answers(before, [2, 0, 3]))
+    assert torch.equal(answers(model, [0, 2, 4, 1, 3]), answers(before, [2, 0, 3, 3, 3]))
     assert model.full_rate == ("class_emb.weight",)
-    trained, new = before.class_emb.weight[:3], model.class_emb.weight[[1, 3]]
-    if init == "null":
-        assert torch.equal(answers(model, [1, 3]), answers(before, [3, 3]))
-    elif init == "mean":
-        torch.testing.assert_close(new, trained.mean(0).expand(2, -1))
-    else:
-        z = (new - trained.mean(0)) / trained.std(0, unbiased=False)
-        assert not torch.equal(new[0], new[1]) and 0.6 < float(z.detach().std()) < 1.5
 
 
 @pytest.mark.parametrize(

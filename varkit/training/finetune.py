@@ -13,7 +13,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from varkit.config import ConfigError, config, nearest
 from varkit.pipelines.auto import open_transformer
 from varkit.training.lora import LoRA, add_adapter, require_peft
-
-ClassInit = Literal["null", "mean", "random"]
 
 
 class Tunable(Protocol):
@@ -47,7 +45,6 @@ class FinetuneConfig:
 
     model_overrides: dict[str, Any] = field(default_factory=dict)  # constructor arguments to change
     init_from: str | None = None  # to start from: a shipped model, a folder, a released checkpoint or its file
-    class_init: ClassInit = "null"  # new rows of the class embedding: as the null class, as the mean class, or random
     freeze: tuple[str, ...] = ()  # name patterns of parameters that are not trained, such as blocks.0.*
     lora: LoRA | None = None  # train low-rank additions to linear layers instead of the layers (extra `lora`)
 
@@ -80,7 +77,7 @@ def start_from(plan: FinetuneConfig, kind: type[Any], classes: Sequence[str]) ->
     )
     require_same(model, wanted, plan.init_from)
     model = model.float()
-    return model, resize_classes(model, classes, names, count=count, init=plan.class_init)
+    return model, resize_classes(model, classes, names, count=count)
 
 
 def require_same(model: Any, overrides: Mapping[str, Any], source: str) -> None:
@@ -116,19 +113,16 @@ def resize_classes(
     names: Mapping[int, str] | None = None,
     *,
     count: int | None = None,
-    init: ClassInit = "null",
 ) -> str:
     """Give the class embedding a row for each class of the data; the null row stays the last.
 
     A class whose name the source knows takes its row along. Without names on both sides rows are kept by number, if the
-    number of classes stays the same. All others are new.
+    number of classes stays the same. All others are new: copies of the null row, so the model draws them as any class.
 
     Args:
         model: a `Tunable`, changed in place.
         classes: names by id.   names: those of the model, if it is known what it was trained on.
         count: rows without the null class; None: as many as `classes`, at least 1.
-        init: of new rows: `null` a copy of the null row (the model draws them as "any class"), `mean` of the old
-            classes, or `random`: normal, with the mean and standard deviation of the old classes in each dimension.
     Returns: one line for the log.
     Raises: ConfigError when `count` is less than the classes.
     """
@@ -146,19 +140,7 @@ def resize_classes(
         if row is None and target == before and (not by_name or i >= len(own)):
             row = i
         origin.append(row)
-    fresh = torch.empty(target + 1, rows.shape[1], dtype=rows.dtype, device=rows.device)
-    trained = rows[:-1]
-    spread = trained.std(0, unbiased=False)
-    for i, row in enumerate(origin):
-        if row is not None:
-            fresh[i] = rows[row]
-        elif init == "null":
-            fresh[i] = rows[-1]
-        else:
-            fresh[i] = trained.mean(0)
-            if init == "random":
-                fresh[i] += spread * torch.randn(len(spread)).to(spread)
-    fresh[-1] = rows[-1]
+    fresh = rows[[before if row is None else row for row in [*origin, None]]]
     embedding = nn.Embedding(target + 1, rows.shape[1], device="meta")
     embedding.weight = nn.Parameter(fresh)
     model.set_submodule(model.class_embedding, embedding)
@@ -166,9 +148,8 @@ def resize_classes(
     model.register_to_config(num_classes=target)
     new = origin.count(None)
     model.full_rate = (f"{model.class_embedding}.weight",) if new else ()
-    how = {"null": "as the null class", "mean": "as the mean of the old ones", "random": "random"}[init]
     kept = f"{target - new} rows kept by {'name' if by_name else 'number'}"
-    return f"class embedding: {before} -> {target} classes; {kept}, {new} new" + (f" ({how})" if new else "")
+    return f"class embedding: {before} -> {target} classes; {kept}, {new} new" + (" (as the null class)" if new else "")
 
 
 # ---- what is trained of it ------------------------------------------------------------------------------------------

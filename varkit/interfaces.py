@@ -236,8 +236,12 @@ class Objective(nn.Module, ABC):
     max_steps: int
     """Steps of the whole run; the loop sets it before training starts."""
 
+    notes: list[str]
+    """Lines that the loop shows at the start of a run: what was done to the networks."""
+
     def __init__(self) -> None:
         super().__init__()
+        self.notes = []
         self._frozen: dict[str, nn.Module] = {}
 
     def freeze(self, name: str, module: nn.Module) -> None:

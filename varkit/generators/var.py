@@ -81,7 +81,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        if isinstance(self.mat_qkv, nn.Linear):
+            qkv = F.linear(x, self.mat_qkv.weight, bias)
+        else:  # an adapter around it, which adds to the product and not to the weight
+            qkv = self.mat_qkv(x) + bias
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # B H n D each
         if self.l2_norm:
             sharpness = self.scale_mul_1H11.clamp_max(math.log(100)).exp()
@@ -194,6 +197,10 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     )
     no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")
     """Name parts of parameters trained without weight decay, besides biases and 1-D tensors."""
+    class_embedding = "class_emb"
+    lora_targets = ("blocks.*.attn.mat_qkv", "blocks.*.attn.proj", "blocks.*.ffn.fc1", "blocks.*.ffn.fc2")
+    free_arguments = frozenset({"dropout", "attention_dropout", "drop_path_rate", "cond_drop_rate", "official_quirks"})
+    """These three: see `varkit.training.finetune.Tunable`."""
 
     @register_to_config
     def __init__(

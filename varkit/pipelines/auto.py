@@ -97,41 +97,67 @@ def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
     return load_official(path, **{n: generator.config[n] for n in names})
 
 
-def open_model(folder: str | Path) -> Any:
-    """The model of a folder with config.json, of whatever registered class. Raises ValueError on another class."""
-    name = json.loads((Path(folder) / "config.json").read_text()).get("_class_name", "")
-    return registry.model_class(name).from_pretrained(folder)
-
-
-def open_tokenizer(name: str) -> Any:
+def open_tokenizer(name: str, **overrides: Any) -> Any:
     """The tokenizer of a shipped model or pipeline, a tokenizer's folder, a released checkpoint or its file, or of a
     hub repository (`user/name`) that holds a pipeline or a tokenizer.
 
+    Args: overrides: constructor arguments to use instead of the saved ones; the weights must fit.
     Raises: ValueError when `name` is none of them.
     """
+    found = _open_part(name, "image_tokenizer", Tokenizer, overrides)
+    if found is None:
+        raise ValueError(
+            f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of "
+            f"a tokenizer run), a released checkpoint such as multiscale_vq_f16.openimages, or its file"
+        )
+    return found[0]
+
+
+def open_transformer(name: str, kind: type[Any], **overrides: Any) -> tuple[Any, dict[int, str]]:
+    """The generator of a shipped model or pipeline, a generator's folder, a released checkpoint or its file, or of a
+    hub repository (`user/name`) that holds a pipeline or a generator.
+
+    Args:
+        kind: the class it must be of, such as `VAR`.
+        overrides: constructor arguments to use instead of the saved ones; the weights must fit.
+    Returns: the network, and its class names by id: empty when the source names none.
+    Raises: ValueError when `name` is none of them, or holds another class.
+    """
+    found = _open_part(name, "transformer", kind, overrides)
+    if found is None:
+        released = next(iter(n for n in registry.list_checkpoints() if registry.checkpoint(n).tokenizer), "none")
+        raise ValueError(
+            f"no generator at {name!r}: give a shipped model, a folder with model_index.json or config.json (such as "
+            f"the model/ folder of a run), a released checkpoint such as {released}, or its file"
+        )
+    return found
+
+
+def _open_part(name: str, part: str, kind: type[Any], overrides: dict[str, Any]) -> tuple[Any, dict[int, str]] | None:
+    """One part of a model of any form, and its class names; None when nothing is at `name`."""
     if name in registry.list_checkpoints():
         name = _download(registry.checkpoint(name))
     elif is_hub_id(name) and not name.endswith((".pth", ".safetensors")):
         name = str(download(name))
-    folder = find_folder(name)
+    folder, labels = find_folder(name), dict[int, str]()
     if folder is not None:
-        return open_model(folder / "image_tokenizer")
-    if (Path(name) / "config.json").is_file():
-        model = open_model(name)
-        if isinstance(model, Tokenizer):
-            return model
-        raise ValueError(f"{name} holds a {type(model).__name__}, which is no tokenizer")
-    if Path(name).is_file():
-        from varkit.checkpoints.files import load_official
+        names = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
+        labels, folder = {int(k): v for k, v in names.items()}, folder / part
+    elif (Path(name) / "config.json").is_file():
+        folder = Path(name)
+    if folder is not None:
+        saved = registry.model_class(json.loads((folder / "config.json").read_text()).get("_class_name", ""))
+        if not issubclass(saved, kind):
+            raise ValueError(f"{folder} holds a {saved.__name__}, not a {kind.__name__}")
+        return saved.from_pretrained(folder, **overrides), labels
+    if not Path(name).is_file():
+        return None
+    from varkit.checkpoints.files import load_official
 
-        model = load_official(name)
-        if isinstance(model, Tokenizer):
-            return model
-        raise ValueError(f"{name} holds a {type(model).__name__}, which is no tokenizer")
-    raise ValueError(
-        f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of a "
-        f"tokenizer run), a released checkpoint such as multiscale_vq_f16.openimages, or its file"
-    )
+    model: Any = load_official(name)
+    if not isinstance(model, kind):
+        raise ValueError(f"{name} holds a {type(model).__name__}, not a {kind.__name__}")
+    return (load_official(name, **overrides) if overrides else model), labels
 
 
 def create_pipeline(name: str, **overrides: Any) -> Any:

@@ -303,6 +303,9 @@ class MultiScaleVQ(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     _no_split_modules = ("ResnetBlock",)
     _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # as _apply, when opened with torch_dtype=
 
+    free_arguments = frozenset({"dropout", "commitment_weight"})
+    """Constructor arguments that weights do not depend on: what a run that starts from a model may change."""
+
     @register_to_config
     def __init__(
         self,

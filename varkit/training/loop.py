@@ -149,6 +149,7 @@ class Trainer:
         self.model, *prepared = self.accelerator.prepare(self.objective, *optimizers)
         self.optimizers = dict(zip(self.phases, prepared, strict=True))
         self.progress = Progress()
+        self.rate = 0.0  # learning rate of the step, before factors of parameter groups
         self.accelerator.register_for_checkpointing(self.progress)
         self.ema: EMAModel | None = None
         if self.loop.ema_decay:
@@ -236,6 +237,8 @@ class Trainer:
         if dropped:
             self._say(f"dropped {dropped} lines of metrics.jsonl after step {self.progress.step}: they are run again")
         count = sum(p.numel() for p in self.objective.trained("main").parameters())
+        for note in self.objective.notes:
+            self._say(note)
         self._say(
             f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} images of "
             f"{len(self.dataset.classes)} classes, {self.loop.steps} steps of {self.loop.batch_size}, "
@@ -295,7 +298,8 @@ class Trainer:
         numbers: dict[str, Tensor] = {}
         for phase in self.objective.phases(step):
             optimizer, optim = self.optimizers[phase], self.optim[phase]
-            set_schedule(optimizer, optim, step, self.loop.steps)
+            rate = set_schedule(optimizer, optim, step, self.loop.steps)
+            self.rate = rate if phase == "main" else self.rate
             for name, weights in self.parameters.items():
                 for weight in weights:
                     weight.requires_grad_(name == phase)
@@ -378,7 +382,7 @@ class Trainer:
         speed = steps * self.loop.batch_size / seconds
         numbers |= self.objective.statistics()
         numbers |= {
-            "lr": self.optimizers["main"].param_groups[0]["lr"],
+            "lr": self.rate,
             "images_per_second": speed,
             "data_wait": waited / seconds,
             "bad_steps": self.progress.bad_steps,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from varkit.config import ConfigError, config
+from varkit.training.finetune import layer_scales
 
 
 @config
@@ -24,11 +25,14 @@ class OptimConfig:
     warmup_from: float = 0.005  # fraction of lr at step 0
     schedule: str = "lin0"  # constant, cos, exp, lin, lin0, lin00 or lin<T>; see lr_factor
     final: float = 0.1  # fraction of lr at the last step
+    layer_decay: float = 1.0  # factor of lr for each block further from the head; see `layer_scales`
 
     def __post_init__(self) -> None:
         lr_factor(self.schedule, 0.5, self.final)
         if not self.lr > 0:
             raise ConfigError(f"optim.lr must be > 0; got {self.lr}")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay must be in (0, 1]; 1 is off; got {self.layer_decay}")
 
 
 def lr_factor(schedule: str, done: float, final: float) -> float:
@@ -103,42 +107,47 @@ def lr_and_decay(
     return peak_lr * factor * lr_scale, decay * decay_scale
 
 
-def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: with weight decay, and without (biases, 1-D tensors, and names in `module.no_decay`)."""
+def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Parameters with weight decay, and without (biases, 1-D tensors, and names in `module.no_decay`).
+
+    With `layer_decay` below 1 each depth has groups of its own, the head's first, and a factor `lr_scale`.
+    """
     parts = tuple(getattr(module, "no_decay", ()))
-    decay: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    scales = layer_scales(module, layer_decay) if layer_decay < 1 else {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = parameter.dim() < 2 or name.endswith("bias") or any(p in name for p in parts)
-        (plain if exempt else decay).append(parameter)
-    groups = [{"params": decay, "decay_scale": 1.0}, {"params": plain, "decay_scale": 0.0}]
-    return [g for g in groups if g["params"]]
+        groups.setdefault((-scales.get(name, 1.0), exempt), []).append(parameter)
+    return [
+        {"params": groups[key], "decay_scale": 0.0 if key[1] else 1.0, "lr_scale": -key[0]} for key in sorted(groups)
+    ]
 
 
 def make_optimizer(module: nn.Module, recipe: OptimConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        parameter_groups(module), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
+        parameter_groups(module, recipe.layer_decay), lr=recipe.lr, betas=recipe.betas, weight_decay=recipe.weight_decay
     )
 
 
 def set_schedule(optimizer: Any, recipe: OptimConfig, step: int, max_steps: int) -> float:
-    """Write this step's learning rate and weight decay into the optimiser; returns the learning rate."""
+    """Write this step's learning rate and weight decay into the optimiser.
+
+    Returns: the learning rate, before each group's `lr_scale`.
+    """
     end = recipe.weight_decay if recipe.weight_decay_end is None else recipe.weight_decay_end
-    lr = 0.0
-    for group in optimizer.param_groups:
-        lr, decay = lr_and_decay(
-            recipe.schedule,
-            step,
-            peak_lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            weight_decay_end=end,
-            warmup_steps=recipe.warmup_steps,
-            max_steps=max_steps,
-            warmup_from=recipe.warmup_from,
-            final=recipe.final,
-            decay_scale=group["decay_scale"],
-        )
-        group["lr"], group["weight_decay"] = lr, decay
+    lr, decay = lr_and_decay(
+        recipe.schedule,
+        step,
+        peak_lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        weight_decay_end=end,
+        warmup_steps=recipe.warmup_steps,
+        max_steps=max_steps,
+        warmup_from=recipe.warmup_from,
+        final=recipe.final,
+    )
+    for group in optimizer.param_groups:  # checkpoints of before layer_decay know no lr_scale
+        group["lr"], group["weight_decay"] = lr * group.get("lr_scale", 1.0), decay * group["decay_scale"]
     return lr

@@ -20,8 +20,10 @@ from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.interfaces import Losses, Objective
 from varkit.metrics.lpips import SMALLEST_SIDE, find_lpips
+from varkit.pipelines.auto import open_tokenizer
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ, Quantized
+from varkit.training import finetune
 from varkit.training.losses import (
     AdversarialLoss,
     PatchDiscriminator,
@@ -40,7 +42,8 @@ class Config:
     name: Literal["multiscale-vq"] = "multiscale-vq"
     model: str = "multiscale_vq_f16"  # a registered tokenizer
     model_overrides: dict[str, Any] = field(default_factory=dict)  # constructor arguments to change
-    init_from: str | None = None  # a folder or released file to start from
+    init_from: str | None = None  # a shipped model, a folder, a released checkpoint or its file to start from
+    freeze: tuple[str, ...] = ()  # name patterns of the tokenizer's parameters that are not trained: encoder.*
     l1_weight: float = 0.2
     l2_weight: float = 1.0
     quantizer_weight: float = 1.0  # of commitment and codebook losses
@@ -76,6 +79,7 @@ class Training(Objective):
         super().__init__()
         self.config = config
         self.tokenizer: MultiScaleVQ = self._build()
+        self.notes += self._freeze()
         self.image_size = self.tokenizer.image_size
         self.discriminator = None
         if config.adversarial_weight:
@@ -103,15 +107,29 @@ class Training(Objective):
         self.max_steps = 1
 
     def _build(self) -> MultiScaleVQ:
-        if self.config.init_from is None:
-            return registry.create_model(self.config.model, **self.config.model_overrides)
-        if Path(self.config.init_from).is_dir():
-            return MultiScaleVQ.from_pretrained(self.config.init_from)
-        from varkit.checkpoints.files import load_official
+        source, overrides = self.config.init_from, self.config.model_overrides
+        if source is None:
+            return registry.create_model(self.config.model, **overrides)
+        free = MultiScaleVQ.free_arguments
+        if source in registry.list_checkpoints() or Path(source).is_file():
+            free |= {"scales"}  # a released file serves other scales than its own too
+        model: MultiScaleVQ = open_tokenizer(source, **{k: v for k, v in overrides.items() if k in free})
+        finetune.require_same(model, overrides, source)
+        return model.float()
 
-        model = load_official(self.config.init_from, **self.config.model_overrides)
-        assert isinstance(model, MultiScaleVQ)
-        return model.train().requires_grad_(True)
+    def _freeze(self) -> list[str]:
+        """Lines for the log. Raises ConfigError when something else in the configuration needs what is frozen."""
+        lines = finetune.freeze(self.tokenizer.train().requires_grad_(True), self.config.freeze)
+        if not self.tokenizer.codebook.requires_grad and self.config.codebook == "ema":
+            raise ConfigError("objective.freeze holds the codebook, objective.codebook=ema moves it: choose one")
+        last = self.tokenizer.decoder.conv_out.weight
+        if self.config.adversarial_weight and self.config.adaptive and not last.requires_grad:
+            raise ConfigError(
+                "objective.adaptive weighs the adversarial loss by gradients of decoder.conv_out.weight, which "
+                "objective.freeze holds; set objective.adaptive=false or adversarial_weight=0"
+            )
+        self.codebook_frozen = not self.tokenizer.codebook.requires_grad  # the loop switches gradients by phase
+        return lines
 
     # ---- what the loop asks ---------------------------------------------------------------------------------
 
@@ -173,7 +191,7 @@ class Training(Objective):
         if self.config.codebook == "ema":
             self._follow_means(coded)
         every, until = self.config.restart_every, self.config.restart_until * self.max_steps
-        if every and step % every == 0 and step <= until:
+        if every and step % every == 0 and step <= until and not self.codebook_frozen:
             self._restart_dead_codes(coded, step, rng)
 
     def discard_step(self) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,12 @@ from varkit.conditioning.label import LabelCondition
 from varkit.config import ConfigError, config
 from varkit.generators.var import VAR
 from varkit.interfaces import Losses, Objective
-from varkit.pipelines.auto import find_folder, open_tokenizer
+from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.class_to_image import ClassToImagePipeline
 from varkit.rng import Rng
 from varkit.samplers.next_group import NextGroupSampler
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
+from varkit.training import finetune, lora
 from varkit.training.codes import CodeMemory
 from varkit.training.objectives.variants.arra import FrozenEncoder
 from varkit.training.objectives.variants.combined import Together, VariantConfig, Variants
@@ -29,14 +30,15 @@ from varkit.training.optim import OptimConfig
 
 
 @config
-class Config(VariantConfig):
-    """A VAR transformer and how it learns; `VariantConfig` has further objectives, each a section."""
+class Config(VariantConfig, finetune.FinetuneConfig):
+    """A VAR transformer and how it learns.
+
+    `VariantConfig` has further objectives, each a section; `FinetuneConfig` how to start from a trained model.
+    """
 
     name: Literal["next-scale"] = "next-scale"
     tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), a released checkpoint or its file
-    model: str = "var_d16"  # a registered generator
-    model_overrides: dict[str, Any] = field(default_factory=dict)  # to change; the tokenizer gives its sizes
-    init_from: str | None = None  # a folder or released file to start from
+    model: str = "var_d16"  # a registered generator, trained from nothing; the tokenizer gives its sizes
     label_smoothing: float = 0.0
     gamma_gain: float = 1e-3  # initial size of the gates' weights (official alng)
     progressive: float = 0.0  # share of the steps until all scales are trained (official pg); 0: always all
@@ -55,6 +57,7 @@ class Config(VariantConfig):
                 "choose one"
             )
         super().__post_init__()
+        self.check_finetuning()
 
 
 def progressive_stage(step: int, max_steps: int, warmup: int, share: float, first: int, last: int) -> tuple[int, float]:
@@ -93,6 +96,7 @@ class Training(Objective):
         self.image_size = tokenizer.image_size
         self.model = self._build(tokenizer)
         self.model.layout.require(tokenizer.layout, "the generator", f"tokenizer {config.tokenizer}")
+        self.notes += finetune.prepare(self.model, config)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.condition = LabelCondition(self.model.num_classes)
@@ -110,35 +114,25 @@ class Training(Objective):
         return Variants(self.config, self.model, tokenizer, sampling=self.config.sampling, feature_dim=dim)
 
     def _build(self, tokenizer: MultiScaleVQ) -> VAR:
-        layout = tokenizer.layout
+        if self.config.init_from is not None:
+            model, note = finetune.start_from(self.config, VAR, self.classes)
+            self.notes.append(note)
+            return cast(VAR, model)
         sizes = {
             "num_classes": max(len(self.classes), 1),
             "scales": tokenizer.config.scales,
-            "codebook_size": layout.codebook_size,
-            "latent_dim": layout.dim,
+            "codebook_size": tokenizer.layout.codebook_size,
+            "latent_dim": tokenizer.layout.dim,
             **self.config.model_overrides,
         }
-        source = self.config.init_from
-        if source is None:
-            model: VAR = registry.create_model(self.config.model, **sizes)
-            model.init_weights(gamma_gain=self.config.gamma_gain)
-        elif (folder := find_folder(source)) is not None:
-            model = VAR.from_pretrained(folder / "transformer")
-        elif Path(source).is_dir():
-            model = VAR.from_pretrained(source)
-        else:
-            from varkit.checkpoints.files import load_official
-
-            loaded = load_official(source)
-            if not isinstance(loaded, VAR):
-                raise ValueError(f"{source} holds a {type(loaded).__name__}, not a VAR transformer")
-            model = loaded
-        if model.num_classes < len(self.classes):
-            raise ValueError(
-                f"the model has {model.num_classes} classes, the data {len(self.classes)}; set "
-                f"objective.model_overrides.num_classes, or start from a model with enough classes"
+        if sizes["num_classes"] < len(self.classes):
+            raise ConfigError(
+                f"the model has {sizes['num_classes']} classes, the data {len(self.classes)}; set "
+                f"objective.model_overrides.num_classes, or leave it out"
             )
-        return model.train().requires_grad_(True)
+        fresh: VAR = registry.create_model(self.config.model, **sizes)
+        fresh.init_weights(gamma_gain=self.config.gamma_gain)
+        return fresh
 
     def trained(self, phase: str) -> nn.Module:
         return self.model if self.variants is None else Together(self.model, self.variants)
@@ -196,11 +190,15 @@ class Training(Objective):
         )
         return out.images * 2 - 1
 
-    def _pipeline(self) -> Any:
+    def _pipeline(self, model: VAR | None = None) -> Any:
         names = {str(i): name for i, name in enumerate(self.classes)} or None
-        pipeline = ClassToImagePipeline(self.model, self.frozen("tokenizer"), self.sampler, id2label=names)
+        pipeline = ClassToImagePipeline(model or self.model, self.frozen("tokenizer"), self.sampler, id2label=names)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     def export(self, folder: Path) -> None:
-        self._pipeline().save_pretrained(folder)
+        if self.config.lora is None:
+            self._pipeline().save_pretrained(folder)
+            return
+        self._pipeline(lora.merged(self.model)).save_pretrained(folder)
+        lora.write_adapter(self.model, folder / lora.ADAPTER, str(self.config.init_from))

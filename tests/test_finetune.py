@@ -172,7 +172,7 @@ def test_a_tokenizer_starts_from_a_pipeline_a_name_or_a_file(source: Path, tmp_p
     assert tokenizer_objective(Path("fashion-var")).image_size == (32, 32)
     write_official(small_var(), tmp_path / "var.pth")
     write_official(small_tokenizer(), tmp_path / "vq.pth")
-    with pytest.raises(ValueError, match=r"var.pth holds a VAR, not a MultiScaleVQ"):
+    with pytest.raises(ValueError, match=r"var.pth holds a VAR, not a Tokenizer"):
         tokenizer_objective(tmp_path / "var.pth")
     other = tokenizer_objective(tmp_path / "vq.pth", model_overrides={"scales": [1, 2, 4], "dropout": 0.1})
     assert other.image_size == (64, 64) and other.tokenizer.config.dropout == 0.1

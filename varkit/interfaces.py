@@ -170,6 +170,13 @@ class Objective(nn.Module, ABC):
     max_steps: int
     """Steps of the whole run; the loop sets it before training starts."""
 
+    shards: bool = False
+    """Whether the weights may be sharded over processes (FSDP): one network with one optimiser, whose blocks are named
+    in its `_no_split_modules`, and nothing writes into weights between steps. Blocks that have methods which read
+    weights and are called beside `forward` name them in `sharded_methods`."""
+
+    sharded_methods = ("validate", "pictures")
+
     def __init__(self) -> None:
         super().__init__()
         self._frozen: dict[str, nn.Module] = {}
@@ -179,6 +186,9 @@ class Objective(nn.Module, ABC):
 
     def frozen(self, name: str) -> Any:
         return self._frozen[name]
+
+    def frozen_networks(self) -> list[nn.Module]:
+        return list(self._frozen.values())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         for module in self._frozen.values():

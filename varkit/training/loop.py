@@ -49,7 +49,7 @@ from varkit.training.sharding import (
     start_sharding,
     whole,
 )
-from varkit.training.sync import place, summed
+from varkit.training.sync import place, require_all_processes, summed
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +136,7 @@ class Trainer:
             project_dir=self.folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        require_all_processes()
         if self.loop.compile:
             require_compiler(self.accelerator.device)
         set_seed(self.loop.seed)

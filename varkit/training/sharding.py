@@ -73,9 +73,7 @@ def _require(plugin: FullyShardedDataParallelPlugin, objective: Objective, loop:
     if plugin.state_dict_type != StateDictType.SHARDED_STATE_DICT:
         refuse("only sharded checkpoints are written", "set fsdp_state_dict_type: SHARDED_STATE_DICT")
     if plugin.cpu_ram_efficient_loading:
-        refuse(
-            "fsdp_cpu_ram_efficient_loading empties the frozen networks too", "set it to false in the configuration"
-        )
+        refuse("fsdp_cpu_ram_efficient_loading empties the frozen networks too", "set it to false in the configuration")
     if isinstance(plugin.cpu_offload, CPUOffloadPolicy):
         refuse("weights on the host (fsdp_offload_params) are not supported", "set it to false in the configuration")
     if plugin.activation_checkpointing:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from varkit.config import ConfigError
 
 
 def place() -> tuple[int, int]:
@@ -12,6 +16,19 @@ def place() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+def require_all_processes() -> None:
+    """Raises ConfigError when a launcher started several processes that do not know of each other.
+
+    Each would train the whole run, into the same folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != place()[1]:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate joined {place()[1]} (it sees no GPU); to train in "
+            f"several processes on a CPU set the variable ACCELERATE_USE_CPU=1"
+        )
 
 
 def summed(tensor: Tensor) -> Tensor:

@@ -71,12 +71,13 @@ def _load_sharded(objective: nn.Module, optimizers: list[Any], folder: Path) -> 
 def _load_whole(objective: nn.Module, optimizers: list[Any], folder: Path) -> None:
     """A whole checkpoint into sharded weights. Each process reads the files and keeps its part."""
     options = StateDictOptions(full_state_dict=True)
-    set_model_state_dict(objective, load_file(folder / "model.safetensors"), options=options)
+    weights: dict[str, Any] = dict(load_file(folder / "model.safetensors"))
+    set_model_state_dict(objective, weights, options=options)
     (optimizer,) = (wrapped.optimizer for wrapped in optimizers)
     saved = torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True)
     names = {id(weight): name for name, weight in objective.named_parameters()}
     order = [names[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
-    state = {
+    state: dict[str, Any] = {
         "state": {order[i]: values for i, values in saved["state"].items()},
         "param_groups": [{**g, "params": [order[i] for i in g["params"]]} for g in saved["param_groups"]],
     }

@@ -6,12 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from tests.test_training import CLASSIFIER, GENERATOR, TOKENIZER, assert_same, exported, lines, recipe
 from tests.test_training_trust import RUN, relative
 from varkit.config import ConfigError
+from varkit.training.checkpoint import Checkpoints
 from varkit.training.loop import train
 from varkit.training.objectives import build_objective
 from varkit.training.recipe import Recipe, recipe_values
@@ -33,8 +36,8 @@ LAUNCH = ROOT / "train" / "launch"
 Kind = str  # one, ddp or fsdp
 
 
-def run(plan: Recipe, kind: Kind, *options: str) -> str:
-    """A run to its end, by the shipped configuration files; what it said."""
+def launch(plan: Recipe, kind: Kind, *options: str) -> subprocess.Popen[str]:
+    """A run on the CPU, by the shipped configuration files."""
     file = plan.folder.with_suffix(".yaml")
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(yaml.safe_dump(recipe_values(plan)))
@@ -51,9 +54,15 @@ def run(plan: Recipe, kind: Kind, *options: str) -> str:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    done = subprocess.run([*start, str(script), str(file), *options], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return subprocess.Popen([*start, str(script), str(file), *options], env=env, stderr=subprocess.PIPE, text=True)
+
+
+def run(plan: Recipe, kind: Kind, *options: str) -> str:
+    """A run to its end; what it said."""
+    process = launch(plan, kind, *options)
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
+    return said
 
 
 @pytest.fixture(scope="module", name="plan")
@@ -143,6 +152,24 @@ def test_sharded_accumulation_recomputation_and_options(plan: Callable[..., Reci
     for made, kind in zip(plans, ("one", "fsdp"), strict=True):
         run(made, kind)
     assert_alike(*(made.folder for made in plans))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_signal_to_one_process_ends_all_at_the_same_step(plan: Callable[..., Recipe]) -> None:
+    stopped = plan("stopped", "loop.steps=5000", "loop.save_every=1")
+    process = launch(stopped, "ddp")
+    checkpoints = Checkpoints(stopped.folder / "checkpoints", 2)
+    while checkpoints.latest() is None and process.poll() is None:
+        time.sleep(0.05)
+    workers = [
+        p for p in psutil.Process(process.pid).children(recursive=True) if str(stopped.folder) in str(p.cmdline())
+    ]
+    assert len(workers) == 2
+    workers[1].terminate()
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 0, said
+    assert f"saved step {checkpoints.steps()[-1]} of 5000; continue with --resume" in said
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------

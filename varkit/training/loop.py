@@ -49,7 +49,7 @@ from varkit.training.sharding import (
     start_sharding,
     whole,
 )
-from varkit.training.sync import place, require_all_processes, summed
+from varkit.training.sync import anyone, place, require_all_processes, summed
 
 logger = logging.getLogger(__name__)
 
@@ -282,10 +282,13 @@ class Trainer:
                     self._validate(done)
                 if last or self._due(done, self.loop.sample_every):
                     self._sample(done)
-                if last or stop.received or self._due(done, self.loop.save_every):
+                stopping = anyone(stop.received is not None, self.accelerator.device)
+                if last or stopping or self._due(done, self.loop.save_every):
                     self._save(done)
-                if stop.received and not last:
-                    self._say(f"{stop.received}: saved step {done} of {self.loop.steps}; continue with --resume")
+                if stopping and not last:
+                    self._say(
+                        f"{stop.received or 'signal'}: saved step {done} of {self.loop.steps}; continue with --resume"
+                    )
                     self.accelerator.end_training()
                     return TrainResult(self.folder, done, False, self.progress.seconds, None)
         model = self._export()

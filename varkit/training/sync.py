@@ -38,6 +38,11 @@ def summed(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def anyone(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process: a signal reaches them at different moments."""
+    return flag if place()[1] == 1 else bool(summed(torch.tensor(float(flag), device=device)))
+
+
 class SyncedBatchNorm2d(nn.BatchNorm2d):
     """Batch normalisation with the statistics of all processes.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import random
 import signal
@@ -26,7 +27,7 @@ from varkit.training.compiler import require_compiler
 from varkit.training.logbook import drop_later_lines, require_tracker
 from varkit.training.loop import train
 from varkit.training.objectives import classifier
-from varkit.training.recipe import Recipe, recipe_values
+from varkit.training.recipe import Recipe, make_recipe, recipe_values
 
 RUN = "import sys; from varkit.cli import app; app(['train', *sys.argv[1:]])"
 
@@ -58,6 +59,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(train(plan).model)
 
 
+# Two channels to a group: a bias before GroupNorm of one has no gradient but rounding, which Adam blows up.
+WIDER = {**TOKENIZER, "model_overrides": {**TOKENIZER["model_overrides"], "base_channels": 64}}
 PLAIN = ("loop.steps=20", "loop.save_every=20", "loop.validate_every=0", "loop.sample_every=0", "loop.ema_decay=0.5")
 
 
@@ -69,41 +72,117 @@ def test_two_processes_equal_one(what: str, tokenizer: str, tmp_path: Path) -> N
     if what == "generator":
         objective["model_overrides"] = {**GENERATOR["model_overrides"], "drop_path_rate": 0.0}
     else:
-        objective = {**TOKENIZER, "codebook": "gradient" if what == "tokenizer" else "ema"}
+        objective = {**WIDER, "codebook": "gradient" if what == "tokenizer" else "ema"}
     plans = [recipe(tmp_path / name, objective, *PLAIN) for name in ("one", "two")]
     for processes, plan in enumerate(plans, start=1):
         run = launch(plan, processes=processes)
         error = run.communicate()[1]
         assert run.returncode == 0, error.decode()
-    for one, two in zip(lines(plans[0].folder), lines(plans[1].folder), strict=True):
+    assert_alike(*plans)
+
+
+def assert_alike(first: Recipe, second: Recipe) -> None:
+    """Losses of each line and weights at step 20, within 1e-5."""
+    losses = [0.0]
+    for one, two in zip(lines(first.folder), lines(second.folder), strict=True):
         assert one.keys() == two.keys()
-        for name in one.keys() & {"loss", "discriminator/loss"}:
-            assert one[name] == pytest.approx(two[name], rel=1e-5)
-    assert relative(weights(plans[0].folder, 20), weights(plans[1].folder, 20)) < 1e-5
+        losses += [abs(one[n] - two[n]) / abs(one[n]) for n in one.keys() & {"loss", "discriminator/loss"}]
+    difference = relative(weights(first.folder, 20), weights(second.folder, 20))
+    print(f"\nrelative differences: losses at most {max(losses):.1e}, weights {difference:.1e}")
+    assert max(losses) < 1e-5 and difference < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["generator", "tokenizer"])
+def test_micro_batches_equal_one_batch(what: str, tokenizer: str, tmp_path: Path) -> None:
+    """Two micro-batches a step; the tokenizer without its discriminator, whose statistics are of a micro-batch."""
+    objective: dict[str, Any] = {**GENERATOR, "tokenizer": tokenizer}
+    if what == "generator":
+        objective["model_overrides"] = {**GENERATOR["model_overrides"], "drop_path_rate": 0.0}
+    else:
+        objective = {**WIDER, "adversarial_weight": 0.0}
+    plans = [recipe(tmp_path / str(n), objective, *PLAIN, f"loop.accumulation={n}") for n in (1, 2)]
+    for plan in plans:
+        train(plan)
+    assert_alike(*plans)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    """SIGKILL at random moments, also while checkpoints are written: every step saves one."""
-    steps = ("loop.steps=150", "loop.keep=2", "loop.validate_every=0", "loop.sample_every=50")
+def test_compiled_steps_are_the_same_training(tokenizer: str, tmp_path: Path) -> None:
+    try:
+        require_compiler(torch.device("cpu"))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    objective = {**GENERATOR, "tokenizer": tokenizer}
+    objective["model_overrides"] = {**GENERATOR["model_overrides"], "depth": 1, "drop_path_rate": 0.0}
+    plans = [
+        recipe(tmp_path / str(v), objective, f"loop.compile={v}", "loop.steps=3", "loop.validate_every=0")
+        for v in (False, True)
+    ]
+    for plan in plans:
+        train(plan)
+    difference = relative(*(weights(plan.folder, 3) for plan in plans))
+    print(f"\nrelative difference of the weights: {difference:.1e}")
+    assert difference < 1e-4
+
+
+def train_or_resume(values: dict[str, Any], resume: bool) -> None:
+    train(make_recipe(values), resume=resume)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL at random moments, every other one while a checkpoint is written: every step saves one.
+
+    Each run is a process of its own, forked from one that has imported everything.
+    """
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
+
+    def start(plan: Recipe, resume: bool) -> Any:
+        process = processes.Process(target=train_or_resume, args=(recipe_values(plan), resume))
+        process.start()
+        return process
+
+    steps = ("loop.steps=100", "loop.keep=2", "loop.validate_every=0", "loop.sample_every=50")
     whole, plan = (recipe(tmp_path / name, TOKENIZER, *steps) for name in ("whole", "killed"))
-    assert launch(whole).wait() == 0
-    checkpoints, chance, kills = Checkpoints(plan.folder / "checkpoints", 2), random.Random(0), 0
+    uninterrupted = start(whole, False)
+    uninterrupted.join()
+    assert uninterrupted.exitcode == 0
+    checkpoints, chance, kills, saving = Checkpoints(plan.folder / "checkpoints", 2), random.Random(0), 0, 0
+
+    def half_written(since: float) -> bool:
+        try:
+            names = [*checkpoints.folder.glob(".part-*"), *checkpoints.folder.glob(".old-*")]
+            return any(name.stat().st_mtime > since for name in names)
+        except FileNotFoundError:  # renamed meanwhile
+            return False
+
     while not (plan.folder / "model").exists():
-        before = checkpoints.latest()
-        run = launch(plan, *(["--resume"] if before else []))
+        before, began = checkpoints.latest(), time.time()
+        run = start(plan, before is not None)
         if kills < 20:
-            while checkpoints.latest() == before and run.poll() is None:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 0.3))
-            if run.poll() is None:
-                run.send_signal(signal.SIGKILL)
+            while checkpoints.latest() == before and run.is_alive():  # each run gets a step further
+                time.sleep(0.002)
+            if kills % 2:
+                after = time.time()
+                while not half_written(after) and run.is_alive():
+                    time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.02 if kills % 2 else 0.3))
+            if run.is_alive():
+                run.kill()
                 kills += 1
-        error = run.communicate()[1]
-        assert run.returncode in (0, -signal.SIGKILL), error.decode()
-    assert kills == 20
-    assert_same(weights(plan.folder, 150), weights(whole.folder, 150))
+                run.join()
+                saving += half_written(began)
+        run.join()
+        assert run.exitcode in (0, -signal.SIGKILL)
+    print(f"\n{kills} kills, {saving} of them left a checkpoint half written or half removed")
+    assert kills == 20 and saving > 0
+    assert_same(weights(plan.folder, 100), weights(whole.folder, 100))
     assert_same(exported(plan.folder), exported(whole.folder))
     assert lines(plan.folder) == lines(whole.folder)
 

@@ -239,6 +239,13 @@ class Objective(nn.Module, ABC):
     notes: list[str]
     """Lines that the loop shows at the start of a run: what was done to the networks."""
 
+    shards: bool = False
+    """Whether the weights may be sharded over processes (FSDP): one network with one optimiser, whose blocks are named
+    in its `_no_split_modules`, and nothing writes into weights between steps. Blocks that have methods which read
+    weights and are called beside `forward` name them in `sharded_methods`."""
+
+    sharded_methods = ("validate", "pictures")
+
     def __init__(self) -> None:
         super().__init__()
         self.notes = []

@@ -100,6 +100,8 @@ class SelfAttention(nn.Module):
 class Block(nn.Module):
     """A transformer block whose norms are modulated, and whose branches are gated, by the class."""
 
+    sharded_methods = ("modulation",)  # reads weights, and is called for all blocks before the first forward
+
     def __init__(
         self,
         dim: int,

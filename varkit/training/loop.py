@@ -39,7 +39,19 @@ from varkit.training.logbook import Window, drop_later_lines, require_tracker, t
 from varkit.training.objectives import build_objective
 from varkit.training.optim import make_optimizer, set_schedule
 from varkit.training.recipe import Recipe, recipe_values
-from varkit.training.sync import place, summed
+from varkit.training.restore import restore, saved_processes
+from varkit.training.sharding import (
+    ShardedAverage,
+    exchanged,
+    export_whole,
+    gather_for_methods,
+    local,
+    release,
+    save_average,
+    start_sharding,
+    whole,
+)
+from varkit.training.sync import anyone, place, require_all_processes, summed
 
 logger = logging.getLogger(__name__)
 
@@ -127,10 +139,11 @@ class Trainer:
             project_dir=self.folder,
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
+        require_all_processes()
         if self.loop.compile:
             require_compiler(self.accelerator.device)
         set_seed(self.loop.seed)
-        self.objective: Objective = build_objective(recipe.objective, self.dataset.classes)
+        self.objective: Objective = self._build()
         self.objective.max_steps = self.loop.steps
         if place()[0] > 0:  # the same networks everywhere, another dropout on each process
             set_seed(self.loop.seed, device_specific=True)
@@ -139,27 +152,32 @@ class Trainer:
             self.objective.to(memory_format=torch.channels_last)
         self._set_transforms()
         self.phases = self.objective.all_phases()
-        self.parameters = {
-            p: [w for w in self.objective.trained(p).parameters() if w.requires_grad] for p in self.phases
-        }
+        self.sharded = start_sharding(self.accelerator, self.objective, self.loop)
         self.optim = {p: self.objective.optim(p, recipe.optim) for p in self.phases}
         optimizers = [make_optimizer(self.objective.trained(p), self.optim[p]) for p in self.phases]
         if self.loop.compile:
             self.objective.trained("main").compile()  # in place: parameter names stay
         self.model, *prepared = self.accelerator.prepare(self.objective, *optimizers)
         self.optimizers = dict(zip(self.phases, prepared, strict=True))
+        self.parameters = {
+            p: [w for w in self.objective.trained(p).parameters() if w.requires_grad] for p in self.phases
+        }
+        if self.sharded:
+            gather_for_methods(self.objective)
         self.progress = Progress()
         self.rate = 0.0  # learning rate of the step, before factors of parameter groups
         self.accelerator.register_for_checkpointing(self.progress)
         self.ema: EMAModel | None = None
+        self.weights = list(self.objective.trained("main").parameters())  # while no forward has gathered shards
         if self.loop.ema_decay:
-            self.ema = EMAModel(self.objective.trained("main").parameters(), decay=self.loop.ema_decay)
+            self.ema = (ShardedAverage if self.sharded else EMAModel)(self.weights, decay=self.loop.ema_decay)
             self.accelerator.register_for_checkpointing(self.ema)
         latest = self.checkpoints.latest() if resume else None
         if latest is not None:
-            self.accelerator.load_state(str(latest))
-            self._say(f"resumed from {latest}")
-        if self.ema is not None:
+            restore(self.accelerator, self.objective, self.ema, latest, self.loop.seed + self.checkpoints.steps()[-1])
+            before, now = saved_processes(latest), self.accelerator.num_processes
+            self._say(f"resumed from {latest}" + (f" (of {before} processes, now {now})" if before != now else ""))
+        if self.ema is not None and not self.sharded:
             self.ema.to(self.accelerator.device)
         self.flops = FlopMeter(self.accelerator.device, self.loop.precision, enabled=not self.loop.compile)
 
@@ -185,6 +203,9 @@ class Trainer:
                     f"data.validation: class {position} is {theirs!r} there and {ours!r} in data.train, ids would not "
                     "agree; give one source with splits (train_split, validation_split), or the same classes in both"
                 )
+
+    def _build(self) -> Objective:
+        return build_objective(self.recipe.objective, self.dataset.classes)
 
     def _open(self, source: str, split: str) -> ImageDataset:
         return open_images(source, split=split, root=self.recipe.data.root)
@@ -282,10 +303,13 @@ class Trainer:
                     self._validate(done)
                 if last or self._due(done, self.loop.sample_every):
                     self._sample(done)
-                if last or stop.received or self._due(done, self.loop.save_every):
+                stopping = anyone(stop.received is not None, self.accelerator.device)
+                if last or stopping or self._due(done, self.loop.save_every):
                     self._save(done)
-                if stop.received and not last:
-                    self._say(f"{stop.received}: saved step {done} of {self.loop.steps}; continue with --resume")
+                if stopping and not last:
+                    self._say(
+                        f"{stop.received or 'signal'}: saved step {done} of {self.loop.steps}; continue with --resume"
+                    )
                     self.accelerator.end_training()
                     return TrainResult(self.folder, done, False, self.progress.seconds, None)
         model = self._export()
@@ -307,14 +331,15 @@ class Trainer:
                 rng = Rng.for_keys(self.loop.seed, batch["keys"])
                 sync = i == len(micros) - 1
                 with nullcontext() if sync else self.accelerator.no_sync(self.model):
-                    losses = self.model(batch, phase, step, self.loop.steps, rng)
+                    with self.accelerator.autocast():  # FSDP2's forward has none of its own
+                        losses = self.model(batch, phase, step, self.loop.steps, rng)
                     self.accelerator.backward(losses["loss"] / len(micros))
                 for name, value in losses.items():
                     key = name if phase == "main" else f"{phase}/{name}"
                     numbers[key] = numbers.get(key, 0) + value.detach() / len(micros)
             norm = self.accelerator.clip_grad_norm_(self.parameters[phase], optim.clip or float("inf"))
             prefix = "" if phase == "main" else f"{phase}/"
-            numbers[f"{prefix}grad_norm"] = norm
+            numbers[f"{prefix}grad_norm"] = whole(norm)
             if bad := self._not_finite(phase, numbers):
                 self._skip(step, phase, bad)
                 return {}
@@ -325,7 +350,7 @@ class Trainer:
             weight.requires_grad_(True)
         self.objective.after_step(step, Rng.for_keys(self.loop.seed, torch.tensor([0])))
         if self.ema is not None:
-            self.ema.step(self.objective.trained("main").parameters())
+            self.ema.step(self.weights)
         return numbers
 
     def _not_finite(self, phase: str, numbers: dict[str, Tensor]) -> list[str]:
@@ -400,19 +425,19 @@ class Trainer:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The averaged weights in place of the current ones, in eval mode."""
-        weights = list(self.objective.trained("main").parameters())
         self.objective.eval()
-        if self.ema is not None:
-            self.ema.store(weights)
-            self.ema.copy_to(weights)
+        average = nullcontext() if self.ema is None else exchanged(self.weights, self.ema.shadow_params)
         try:
             # Other shapes than in training: not worth compiling again.
-            with torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            with average, torch.no_grad(), self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
                 yield
         finally:
-            if self.ema is not None:
-                self.ema.restore(weights)
+            release(self.objective)
             self.objective.train()
+
+    def _takes_part(self) -> bool:
+        """Whether this process validates and draws: the main one, or all that hold a shard of the weights."""
+        return self.sharded or self.accelerator.is_main_process
 
     def _held_out(self, count: int, batch_size: int) -> Iterator[tuple[dict[str, Tensor], Rng]]:
         """The first `count` held-out images (training images when there are none), cut in batches."""
@@ -423,7 +448,7 @@ class Trainer:
             yield batch, Rng.for_keys(self.loop.seed, batch["keys"])
 
     def _validate(self, step: int) -> None:
-        if self.validation is None or not self.accelerator.is_main_process:
+        if self.validation is None or not self._takes_part():
             self.accelerator.wait_for_everyone()
             return
         sums: dict[str, float] = {}
@@ -440,18 +465,20 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _sample(self, step: int) -> None:
-        if self.accelerator.is_main_process:
+        if self._takes_part():
             with self._averaged():
                 batch, rng = next(self._held_out(16, 16))
                 images = self.objective.pictures(batch, rng)
-            if images is not None:
+            if images is not None and self.accelerator.is_main_process:
                 sheet = grid(to_pil(images), 8 if len(images) % 10 else 10)
                 save_png(sheet, self.folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.accelerator.wait_for_everyone()
 
     def _require_finite(self, step: int) -> None:
-        for name, weight in self.objective.named_parameters():
-            if not bool(weight.isfinite().all()):
+        named = dict(self.objective.named_parameters())
+        bad = summed(torch.stack([~local(w).isfinite().all() for w in named.values()]).float()).tolist()
+        for name, count in zip(named, bad, strict=True):
+            if count:  # on any process, and so on all of them
                 raise FloatingPointError(
                     f"{name} is not finite after step {step}; no checkpoint is written of it, and the last good one is "
                     f"{self.checkpoints.latest() or 'none'}. Lower optim.lr, or train with loop.precision=no"
@@ -462,18 +489,25 @@ class Trainer:
 
         def write(part: Path) -> None:
             self.accelerator.save_state(str(part))
+            if self.sharded and self.ema is not None:
+                save_average(self.ema, part)
 
         a = self.accelerator
         path = self.checkpoints.save(step, write, a.is_main_process, a.wait_for_everyone)
         self._say(f"saved {path}")
 
     def _export(self) -> Path:
-        path = self.folder / "model"
-        if self.accelerator.is_main_process:
-            part = self.folder / ".part-model"
+        path, part = self.folder / "model", self.folder / ".part-model"
+        main = self.accelerator.is_main_process
+        if main:
             shutil.rmtree(part, ignore_errors=True)
+        if self._takes_part():
             with self._averaged():
-                self.objective.export(part)
+                if self.sharded:
+                    export_whole(self.objective, self._build, part, main)
+                else:
+                    self.objective.export(part)
+        if main:
             replace_folder(part, path)
         self.accelerator.wait_for_everyone()
         return path

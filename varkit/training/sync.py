@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from varkit.config import ConfigError
 
 
 def place() -> tuple[int, int]:
@@ -14,11 +18,29 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def require_all_processes() -> None:
+    """Raises ConfigError when a launcher started several processes that do not know of each other.
+
+    Each would train the whole run, into the same folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != place()[1]:
+        raise ConfigError(
+            f"{started} processes were started, but accelerate joined {place()[1]} (it sees no GPU); to train in "
+            f"several processes on a CPU set the variable ACCELERATE_USE_CPU=1"
+        )
+
+
 def summed(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place; without a process group the tensor itself. No gradient."""
     if place()[1] > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def anyone(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process: a signal reaches them at different moments."""
+    return flag if place()[1] == 1 else bool(summed(torch.tensor(float(flag), device=device)))
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):

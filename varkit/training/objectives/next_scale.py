@@ -88,6 +88,8 @@ def progressive_stage(step: int, max_steps: int, warmup: int, share: float, firs
 class Training(Objective):
     """Owns the transformer; the tokenizer is frozen, and its codes are made anew for each batch."""
 
+    shards = True
+
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__()
         self.config, self.classes = config, classes

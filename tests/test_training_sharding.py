@@ -160,6 +160,23 @@ def test_sharded_accumulation_recomputation_and_options(plan: Callable[..., Reci
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["freeze", "lora"])
+def test_a_sharded_fine_tuning_is_that_of_one_process(
+    runs: dict[Kind, Recipe], plan: Callable[..., Recipe], how: str
+) -> None:
+    """Frozen parts, or adapters that are merged at the end, from the model of another run."""
+    options = {"freeze": 'objective.freeze=["blocks.0.*", "word_embed*"]', "lora": "objective.lora={rank: 2}"}
+    start = f"objective.init_from={runs['one'].folder / 'model'}"
+    overrides = "objective.model_overrides={drop_path_rate: 0.0}"
+    plans = [plan(f"{how}-{kind}", start, overrides, options[how], "optim.layer_decay=0.8") for kind in ("one", "fsdp")]
+    for made, kind in zip(plans, ("one", "fsdp"), strict=True):
+        run(made, kind)
+    assert_alike(*(made.folder for made in plans))
+    assert relative(*(transformer(p.folder) for p in (runs["one"], plans[1]))) > 1e-4
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_signal_to_one_process_ends_all_at_the_same_step(plan: Callable[..., Recipe]) -> None:
     stopped = plan("stopped", "loop.steps=5000", "loop.save_every=1")

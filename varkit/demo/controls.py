@@ -142,6 +142,7 @@ def wire(
         api_name=name,
         show_progress="minimal",
         show_progress_on=status,
+        trigger_mode="multiple",  # a click while a stopped run is still ending counts: "once" would lose it
         **lane,
         **more,
     )

@@ -23,7 +23,6 @@ from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.registry import create_model, list_models, model_entry
 
 
-
 def distinct(names: list[str]) -> list[str]:
     """The first of those that are the same when made tiny: sizes of one model are tested once."""
     found: dict[str, str] = {}

@@ -122,6 +122,7 @@ class MultiScaleQuantizer(CodeUsage):
         self.quant_resi = ResidualConvs(
             dim, abs(residual_ratio), residual_convs, residual_conv_count or len(self.grids)
         )
+
     @property
     def codebook(self) -> Tensor:
         return self.embedding.weight  # V C

@@ -243,9 +243,7 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     def _grid(self, grid: int | Sequence[int] | None) -> tuple[int, ...]:
         return self.layout.grids[0] if grid is None else square_grids([grid])[0]
 
-    def encode(
-        self, images: Tensor, rng: Rng | None = None, *, grid: int | Sequence[int] | None = None
-    ) -> Tensor:
+    def encode(self, images: Tensor, rng: Rng | None = None, *, grid: int | Sequence[int] | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> ids (B, L). `grid` replaces the module's own for other sizes."""
         used = self._grid(grid)
         expected = tuple(side * self.downsampling for side in used)

@@ -58,7 +58,7 @@ class TextCondition(Condition):
         self.max_length, self.clean, self.strict, self.null_features = max_length, clean, strict, null_features
 
     def open(self) -> None:
-        """Load the encoder and the tokenizer where they are names. Raises ImportError or ValueError saying what to do."""
+        """Load encoder and tokenizer where they are names. Raises ImportError or ValueError saying what to do."""
         if not isinstance(self.encoder, str | Path):
             return
         try:
@@ -72,8 +72,8 @@ class TextCondition(Condition):
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"the text encoder {name!r} cannot be opened: {first}. Give the folder of a transformers T5 encoder, or "
-                f"features made of the prompts before (features=)"
+                f"the text encoder {name!r} cannot be opened: {first}. Give the folder of a transformers T5 encoder, "
+                f"or features made of the prompts before (features=)"
             ) from None
 
     def encode(  # type: ignore[override]

@@ -195,7 +195,7 @@ class CaptionPrefix(nn.Module):
     def __init__(self, length: int, text_dim: int, dim: int) -> None:
         super().__init__()
         self.register_buffer("uncond_embedding", torch.randn(length, text_dim) / math.sqrt(text_dim))
-        self.cap_proj = nn.Module()
+        self.cap_proj: Any = nn.Module()
         self.cap_proj.fc1 = nn.Linear(text_dim, dim, bias=False)
         self.cap_proj.fc2 = nn.Linear(dim, dim, bias=False)
 

@@ -249,8 +249,8 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         expected = tuple(side * self.downsampling for side in used)
         if tuple(images.shape[-2:]) != expected:
             raise ValueError(
-                f"images are {images.shape[-2]}x{images.shape[-1]} but the grid {used} needs {expected[0]}x{expected[1]}; "
-                f"resize the images, or give grid= as their size / {self.downsampling}"
+                f"images are {images.shape[-2]}x{images.shape[-1]} but the grid {used} needs "
+                f"{expected[0]}x{expected[1]}; resize the images, or give grid= as their size / {self.downsampling}"
             )
         z = self.quantize.positions(self.features(images))
         return self.quantize.nearest(z).view(len(images), -1)

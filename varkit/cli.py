@@ -435,18 +435,22 @@ def tell_sweep(result: Any, as_json: bool) -> None:
 @app.command()
 @refusing
 def convert(
-    source: Annotated[Path, typer.Argument(help="A released file (.pth), or a folder to convert back.")],
+    source: Annotated[Path, typer.Argument(help="A released file (.pth, .pt), or a folder to convert back.")],
     to: Annotated[Path, typer.Option(help="The folder to write; or, back, a .pth or .safetensors file.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="With a VAR file: the tokenizer's file, for a whole pipeline.")
+        Path | None, typer.Option(help="With a generator's file: its tokenizer's, for a whole pipeline.")
     ] = None,
     part: Annotated[str, typer.Option(help="Back, from a pipeline: transformer or image_tokenizer.")] = "transformer",
     dtype: Dtype = "float32",
+    grid: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens a side, where neither keys nor the file's name tell: 24 for 384 px."),
+    ] = None,
 ) -> None:
     """Released files <-> the diffusers folder format."""
     from varkit.checkpoints.convert import convert as run
 
-    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype):
+    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype, grid=grid):
         typer.echo(line)
 
 

@@ -37,6 +37,11 @@ class ClassToImagePipeline(ImagePipeline):
     ) -> None:
         super().__init__()
         transformer.layout.require(image_tokenizer.layout, "the transformer", "the image tokenizer")
+        if transformer.condition != "class":
+            raise ValueError(
+                f"the transformer is conditioned on {transformer.condition}, not on classes; AutoPipeline and assemble "
+                f"choose the pipeline that fits"
+            )
         self.register_modules(transformer=transformer, image_tokenizer=image_tokenizer, sampler=sampler)
         self.register_to_config(id2label=id2label)
 

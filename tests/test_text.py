@@ -86,7 +86,7 @@ def test_long_prompts_are_cut_with_a_warning_or_refused(encoder: Path, caplog: p
         assert condition.encode(prompt="a red cat on the mat").text[1].all()
     assert "has 7 tokens; 4 are read: the rest is left out" in caplog.text
     condition.strict = True
-    with pytest.raises(ValueError, match="has 7 tokens; 4 are read. Shorten it"):
+    with pytest.raises(ValueError, match=r"has 7 tokens; 4 are read\. Shorten it"):
         condition.encode(prompt="a red cat on the mat")
 
 
@@ -131,7 +131,10 @@ def test_cleaning_needs_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> 
     import varkit.conditioning.captions as captions
 
     monkeypatch.setattr(captions, "find_spec", lambda name: None)
-    assert clean_caption("A <b>ﬁne</b> ＣＡＴ &amp; “dog” <!-- x --><script>y</script>") == 'a fine cat "dog"'
+    assert (
+        clean_caption("A <b>\ufb01ne</b> \uff23\uff21\uff34 &amp; “dog” <!-- x --><script>y</script>")
+        == 'a fine cat "dog"'
+    )
     assert clean_caption("see photo_1.jpg at https://a.com/b?c") == "see at ?c"
     assert clean_caption("a  plain cat") == "a plain cat"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -35,7 +35,7 @@ class TextToImagePipeline(ImagePipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->image_tokenizer"
-    _optional_components = ("text_encoder", "tokenizer")
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
 
     def __init__(
         self,

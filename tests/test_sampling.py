@@ -218,8 +218,9 @@ PAIRS = ("var_fashion", "toy_raster")
 
 def generate(name: str, batch: int = 3, seed: int = 0, **settings: Any) -> tuple[Any, Tensor]:
     model, tokenizer = tiny_pair(name)
+    cond = classes(model, batch)
     out = NextGroupSampler().generate(
-        tokenizer, model, classes(model, batch), Rng.from_seed(seed, batch), null=nothing(model, batch), **settings
+        tokenizer, model, cond, Rng.from_seed(seed, batch), null=nothing(model, cond), **settings
     )
     return model, out.tokens
 

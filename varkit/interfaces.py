@@ -116,6 +116,8 @@ class PreviousToken:
         return self.ids[:, positions]
 
     def record(self, tokens: Tensor, positions: Tensor) -> None:
+        if tokens.is_floating_point():
+            raise ValueError("more_smooth hands on mixtures of codes, but this model reads ids: leave it off")
         self.ids[:, positions + 1] = tokens
 
 
@@ -198,6 +200,10 @@ class Generator(ABC):
     training_options: frozenset[str] = frozenset()
     """What `training_loss` takes besides its tensors. Two names mean the same for every generator: `weight`, (B, L) of
     each token's loss; and `hidden_layer`, the block, from 1, whose output (B, n, C) comes back as `hidden`."""
+
+    condition: str = "class"
+    """What it is conditioned on: `class`, ids of which the last, `num_classes`, stands for none; or `text`, a sequence
+    of `config.text_length` features of `config.text_dim` numbers, for which `null(cond)` gives the absence."""
 
     mask_id: int | None = None
     """Of a generator that reads ids: the id that it reads where an input is masked, if it has one."""

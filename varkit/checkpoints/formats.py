@@ -43,6 +43,7 @@ class OfficialFormat:
         arguments: constructor arguments from keys and shapes alone.
         from_official, to_official: state dict and model -> state dict, in both directions.
         sampling: settings of `NextGroupSampler` that the release recommends; empty for tokenizers.
+        condition: of generators, what it is conditioned on, where one class serves several.
     """
 
     name: str
@@ -54,6 +55,7 @@ class OfficialFormat:
     from_official: Callable[[StateDict, Any], StateDict] = _unchanged
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    condition: str | None = None
 
     def model_class(self) -> Any:
         module, _, name = self.model.partition(":")
@@ -91,7 +93,8 @@ def format_of_state(state: Mapping[str, Tensor], what: str) -> OfficialFormat:
 def format_of_model(model: Any) -> OfficialFormat:
     """Raises ValueError when no released file has the model's class."""
     for entry in formats():
-        if type(model) is entry.model_class():
+        fits = entry.condition in (None, getattr(model, "condition", None))
+        if type(model) is entry.model_class() and fits:
             return entry
     raise ValueError(
         f"no official file exists for a {type(model).__name__}; official files exist for "

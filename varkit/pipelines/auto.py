@@ -18,7 +18,10 @@ ZOO = Path(__file__).resolve().parent.parent / "zoo"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Keyword arguments of `AutoPipeline.from_pretrained` that concern the hub alone."""
 
-PIPELINES = {"ClassToImagePipeline": "varkit.pipelines.class_to_image"}
+PIPELINES = {
+    "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "TextToImagePipeline": "varkit.pipelines.text_to_image",
+}
 
 
 def zoo_models() -> list[str]:
@@ -173,10 +176,13 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
 
 
 def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
+    """A pipeline of its own kind around a generator, with these settings of `NextGroupSampler` as defaults."""
     from varkit.pipelines.class_to_image import ClassToImagePipeline
+    from varkit.pipelines.text_to_image import TextToImagePipeline
     from varkit.samplers.next_group import NextGroupSampler
 
-    return ClassToImagePipeline(transformer, tokenizer, NextGroupSampler(**sampling))
+    kind = TextToImagePipeline if transformer.condition == "text" else ClassToImagePipeline
+    return kind(transformer, tokenizer, NextGroupSampler(**sampling))
 
 
 def _download(card: registry.Checkpoint) -> str:

@@ -7,7 +7,7 @@ decided and the last step's index, so it can be printed and plotted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from varkit.config import nearest
 
@@ -49,3 +49,18 @@ def guidance_schedule(name: str) -> GuidanceSchedule:
             f"no guidance schedule is called {name!r}{nearest(name, SCHEDULES)}; choose one of {', '.join(SCHEDULES)}"
         )
     return SCHEDULES[name]
+
+
+def guidance_interval(interval: Sequence[int] | None) -> tuple[int, int] | None:
+    """The first and the last step that are guided, counted from 0; None for all.
+
+    Raises: ValueError unless they are two whole numbers, 0 <= first <= last.
+    """
+    if interval is None:
+        return None
+    steps = tuple(interval)
+    if len(steps) != 2 or not all(type(step) is int for step in steps) or not 0 <= steps[0] <= steps[1]:
+        raise ValueError(
+            f"guidance_interval must be the first and the last guided step, counted from 0, such as (0, 5); got {steps}"
+        )
+    return steps[0], steps[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from varkit.heads.categorical import Categorical, pick
 from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.rng import Draw, Rng
-from varkit.samplers.guidance import guidance_schedule
+from varkit.samplers.guidance import guidance_interval, guidance_schedule
 from varkit.samplers.processors import build_processors
 
 
@@ -53,6 +53,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
     Args:
         guidance_scale: w of uncond + w (cond - uncond); 1 is off.
         guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine` or `late`.
+        guidance_interval: first and last guided step, counted from 0; outside the condition counts alone. None is all.
         temperature, top_k, top_p, min_p: as in transformers (top_k 0, top_p 1, min_p 0 are off).
         more_smooth: hand on mixtures of codes instead of codes (VAR's "for visualisation only"): smoother
             pictures, worse statistics.
@@ -63,6 +64,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         self,
         guidance_scale: float = 1.0,
         guidance_schedule: str = "linear",
+        guidance_interval: Sequence[int] | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -76,6 +78,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         names = [
             "guidance_scale",
             "guidance_schedule",
+            "guidance_interval",
             "temperature",
             "top_k",
             "top_p",
@@ -85,6 +88,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         merged = {name: self.config[name] for name in names}
         merged |= {k: v for k, v in changes.items() if v is not None and k in names}
         guidance_schedule(merged["guidance_schedule"])
+        guidance_interval(merged["guidance_interval"])
         build_processors(**{k: merged[k] for k in ("temperature", "top_k", "top_p", "min_p")})
         return merged
 
@@ -113,6 +117,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
         processors = build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")})
         schedule, w = guidance_schedule(settings["guidance_schedule"]), float(settings["guidance_scale"])
+        first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
         groups = transformer.schedule()
@@ -128,7 +133,8 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             predictive = transformer.predict(state, running.inputs(positions), positions)
             assert isinstance(predictive, Categorical)
             if w != 1:
-                predictive = predictive.guide(schedule(w, step, len(groups) - 1))
+                scale = schedule(w, step, len(groups) - 1) if first <= step <= last else 1.0
+                predictive = predictive.guide(scale)
             filtered = predictive.process(processors)
             predicted = pick(filtered.probs(), uniform[:, positions])
             tokens = predicted

@@ -67,7 +67,8 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 
 def test_all_released_files_are_listed() -> None:
     files = {json.loads(p.read_text())["file"] for p in MANIFESTS}
-    assert files <= {registry.checkpoint(name).filename for name in registry.list_checkpoints("*")}
+    cards = [registry.checkpoint(name) for name in registry.list_checkpoints("*")]
+    assert files <= {c.filename for c in cards} | {f"{c.filename} of {c.repo_id}" for c in cards}
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)

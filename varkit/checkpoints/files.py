@@ -74,7 +74,13 @@ def load_official(path: str | Path, **overrides: Any) -> nn.Module:
     Args: overrides: constructor arguments to use instead of those read from the file (`scales=` for 512 px).
     Raises: ValueError when no release has such keys, or the file does not fit.
     """
-    return build_official(read_state_dict(path), str(path), **overrides)
+    state = read_state_dict(path)
+    kind = format_of_state(state, str(path))
+    arguments = kind.arguments(state)
+    for name, value in kind.settings(Path(path)).items():
+        nested = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
+        arguments[name] = {**arguments[name], **value} if nested else value
+    return build_official(state, str(path), **{**arguments, **overrides})
 
 
 def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:

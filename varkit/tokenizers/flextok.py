@@ -92,12 +92,12 @@ def attention_mask(patches: Sequence[int], registers: Sequence[int], causal: boo
 
 
 def sincos_table(dim: int, height: int, width: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, D, height, width): sines and cosines of x, then of y; base 10000."""
+    """Fixed 2-D sine-cosine positions (1, D, height, width): sines and cosines of the row, then of the column."""
     if dim % 4:
         raise ValueError(f"a width with 2-D sine-cosine positions must be a multiple of 4; got {dim}")
     frequency = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    angles = [axis[None] * frequency[:, None, None] for axis in (x, y)]  # D/4 h w
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    angles = [axis[None] * frequency[:, None, None] for axis in (row, column)]  # D/4 h w
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)])[None]
 
 

@@ -21,7 +21,7 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Cond
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Draw, Rng
-from varkit.samplers.next_group import Known, StepInfo
+from varkit.samplers.next_group import Known, StepInfo, first_groups
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -97,6 +97,7 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         min_p: float | None = None,
         guidance_schedule: str | None = None,
         more_smooth: bool | None = None,
+        num_tokens: int | None = None,
         known: Known | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -109,7 +110,7 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
             guidance_scale: 1 is off; None is this model's default, as for all sampling settings below.
             generator, seed, rng: where randomness comes from, at most one of them; a list of generators
                 gives one an image. The same seed gives an image the same random numbers in any batch.
-            temperature, top_k, top_p, min_p, guidance_schedule, more_smooth: see `NextGroupSampler`.
+            temperature, top_k, top_p, min_p, guidance_schedule, more_smooth, num_tokens: see `NextGroupSampler`.
             known: tokens to keep; see `edit`.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",
@@ -133,7 +134,8 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         else:
             ids = torch.tensor(self.label_ids(labels)).repeat_interleave(num_images_per_prompt)
             cond = condition.encode(class_labels=ids).to(device)
-        bar = self.progress_bar(total=len(self.transformer.schedule()))
+        decided = self.sampler.settings(num_tokens=num_tokens)["num_tokens"]
+        bar = self.progress_bar(total=len(first_groups(self.transformer.schedule(), decided)))
 
         def on_step(info: StepInfo) -> None:
             bar.update()
@@ -161,16 +163,20 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
                 top_p=top_p,
                 min_p=min_p,
                 more_smooth=more_smooth,
+                num_tokens=num_tokens,
             )
-        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type)
+        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)
         if not return_dict:
             return (images,)
         stats = {"steps": out.steps, "network_calls": out.network_calls, "seconds": out.seconds}
         return ImageOutput(images=images, class_labels=cond.labels.tolist(), stats=stats)
 
-    def to_images(self, tokens: Tensor, output_type: str = "pil") -> Any:
-        """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`."""
-        images = self.image_tokenizer.decode(tokens).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
+    def to_images(self, tokens: Tensor, output_type: str = "pil", rng: Rng | None = None) -> Any:
+        """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`.
+
+        Args: rng: of tokenizers that decode from noise; None is the same noise for each image.
+        """
+        images = self.image_tokenizer.decode(tokens, rng).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
         if output_type == "pt":
             return images
         array = images.permute(0, 2, 3, 1).cpu().numpy()

@@ -210,6 +210,10 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         if (mask is None) == (box is None):
             raise ValueError("give exactly one of mask= and box=")
         tokenizer = self.image_tokenizer
+        if len(tokenizer.layout.grids[-1]) != 2:
+            raise ValueError(
+                "editing keeps the tokens of a place; the tokens of this model each stand for all the image"
+            )
         pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
         grid = tokenizer.layout.grids[-1]
         if box is not None:

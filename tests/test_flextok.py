@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from tests.test_models import liven
 from varkit import ClassToImagePipeline, NextGroupSampler, Rng
 from varkit.checkpoints import flextok as keys
 from varkit.checkpoints.convert import convert
 from varkit.checkpoints.files import load_official, to_official, write_official
+from varkit.cli import app
 from varkit.config import ConfigError
 from varkit.heads.flow import Flow, add_noise, draw_sigma, flow_loss
 from varkit.pipelines.auto import open_tokenizer
@@ -96,7 +98,7 @@ def test_projected_guidance_changes_nothing_along_the_condition_and_no_more_than
 def test_noise_levels(kind: Any) -> None:
     rng = Rng.from_seed(0, 4096)
     sigma = draw_sigma(rng, kind=kind)
-    assert 0 < sigma.min() and sigma.max() < 1 and abs(float(sigma.mean()) - 0.5) < 0.02
+    assert sigma.min() > 0 and sigma.max() < 1 and abs(float(sigma.mean()) - 0.5) < 0.02
     assert torch.equal(draw_sigma(rng[5:6], kind=kind), sigma[5:6])
     assert draw_sigma(rng[:3], torch.arange(7), kind=kind).shape == (3, 7)
     stratified = draw_sigma(rng, kind=kind, stratified=True)
@@ -294,7 +296,7 @@ def test_training_reaches_every_parameter_but_those_that_are_fixed() -> None:
 def official_file(folder: Path, config: dict[str, Any], beside: bool) -> tuple[Path, FlexTok]:
     """A small file laid out as the released ones, its configuration in the metadata or in config.json."""
     vae = {k: v for k, v in TINY_VAE.items() if k not in ("image_size", "norm_num_groups")}
-    sizes = {k: 64 for k in ("encoder_width", "decoder_width", "encoder_head_dim", "decoder_head_dim")}
+    sizes = dict.fromkeys(("encoder_width", "decoder_width", "encoder_head_dim", "decoder_head_dim"), 64)
     sizes |= {"encoder_depth": 1, "decoder_depth": 2}
     vae |= {"image_size": 16, "norm_num_groups": 32, "block_out_channels": (32, 32)}
     model = tiny(**sizes, vae_config=vae, levels=(8, 8, 8, 5, 5, 5))
@@ -381,6 +383,14 @@ def test_generation_may_stop_at_any_length() -> None:
             entry.build(**entry.tiny), create_model(entry.tokenizer or "", **entry.tiny_tokenizer), NextGroupSampler()
         )
         var([0], num_tokens=4)
+
+
+def test_the_command_stops_early_too(tmp_path: Path) -> None:
+    arguments = ["sample", "fashion-var", "--class", "3", "--device", "cpu", "--out", str(tmp_path / "grid.png")]
+    assert CliRunner().invoke(app, [*arguments, "--tokens", "5"]).exit_code == 0
+    assert (tmp_path / "grid.png").is_file()
+    refused = CliRunner().invoke(app, [*arguments, "--tokens", "4"])
+    assert refused.exit_code == 2 and "can stop after 1, 5, 14" in refused.output
 
 
 # ---- training -------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -96,7 +97,7 @@ def times(num_steps: int) -> list[float]:
 
 def euler(velocity: Velocity, x: Tensor, grid: list[float]) -> Tensor:
     """Follow the velocity from grid[0] to grid[-1]: one call a step."""
-    for t, after in zip(grid[:-1], grid[1:], strict=True):
+    for t, after in pairwise(grid):
         x = x + (after - t) * velocity(x, x.new_full((len(x),), t))
     return x
 
@@ -106,7 +107,7 @@ def heun(velocity: Velocity, x: Tensor, grid: list[float]) -> Tensor:
 
     The last step, into t = 0 where flows are not trained, is Euler's.
     """
-    for t, after in zip(grid[:-1], grid[1:], strict=True):
+    for t, after in pairwise(grid):
         v = velocity(x, x.new_full((len(x),), t))
         ahead = x + (after - t) * v
         if after > 0:

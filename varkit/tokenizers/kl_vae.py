@@ -8,6 +8,7 @@ Shapes: B batch, C latent channels, h w latent sides, L = h w tokens in raster o
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Self, cast
 
@@ -198,8 +199,6 @@ def arguments_of(config: dict[str, Any], image_size: int | None = None) -> dict[
 
 
 def _signature() -> dict[str, Any]:
-    import inspect
-
     return {k: p for k, p in inspect.signature(AutoencoderKL.__init__).parameters.items() if k != "self"}
 
 

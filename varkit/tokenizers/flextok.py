@@ -183,7 +183,7 @@ class TimeEmbedder(nn.Module):
     def __init__(self, dim: int, max_timestep: float, features: int = 256) -> None:
         super().__init__()
         self.max_timestep, self.num_features = max_timestep, features
-        self.mlp = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp: Any = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def features(self, t: Tensor) -> Tensor:
         """(B,) -> (B, 256) float32: cosines, then sines."""

@@ -70,10 +70,11 @@ def test_all_released_files_are_listed() -> None:
     files = {
         f
         for p in MANIFESTS
-        for f in re.findall(r"\S+\.(?:pth|pt|bin|ckpt|safetensors)\b", json.loads(p.read_text())["file"])
+        for f in re.findall(r"\S+\.(?:pth|pt|bin|ckpt|safetensors)\b(?: of \S+)?", json.loads(p.read_text())["file"])
     }
     assert len(files) >= len(MANIFESTS) - 1
-    assert files <= {registry.checkpoint(name).filename for name in registry.list_checkpoints("*")}
+    cards = [registry.checkpoint(name) for name in registry.list_checkpoints("*")]
+    assert files <= {c.filename for c in cards} | {f"{c.filename} of {c.repo_id}" for c in cards}
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)

@@ -38,6 +38,15 @@ def distinct(names: list[str]) -> list[str]:
 GENERATORS = distinct(list_models(kind="generator"))
 TOKENIZERS = distinct(list_models(kind="tokenizer"))
 
+
+def is_discrete(name: str) -> bool:
+    with torch.device("meta"):
+        return create_model(name, **model_entry(name).tiny).layout.codebook_size is not None
+
+
+DISCRETE = [name for name in TOKENIZERS if is_discrete(name)]
+LATENT = [name for name in TOKENIZERS if name not in DISCRETE]
+
 OFFICIAL_PARAMETERS = {
     "var_d16": 310_283_520,
     "var_d20": 600_917_136,
@@ -52,6 +61,9 @@ OFFICIAL_PARAMETERS = {
     "llamagen_t2i_xl": 777_678_080,
     "vq_ds16": 71_883_403,
     "vq_ds8": 70_109_835,
+    "flextok_d12_d12": 341_651_737,
+    "flextok_d18_d18": 949_734_553,
+    "flextok_d18_d28": 2_540_882_841,
     "multiscale_vq_f16": 108_948_355,
     "multiscale_vq_f16_512": 108_948_355,
     "multiscale_vq_f16_1024": 108_948_355,
@@ -80,6 +92,12 @@ def tiny_pair(name: str) -> tuple[Any, Any]:
     entry, model = model_entry(name), tiny(name)
     assert entry.tokenizer is not None
     return model, liven(create_model(entry.tokenizer, **entry.tiny_tokenizer), 0.05)
+
+
+def other_codebook(entry: Any) -> dict[str, Any]:
+    """The paired tokenizer's tiny arguments with another codebook; finite scalars have levels instead of its size."""
+    change = {"levels": (2, 2)} if "levels" in entry.tiny_tokenizer else {"codebook_size": 5}
+    return {**entry.tiny_tokenizer, **change}
 
 
 def classes(model: Any, batch: int) -> Cond:
@@ -197,7 +215,8 @@ def test_saved_and_opened_again_it_is_the_same(name: str, tmp_path: Path) -> Non
 def test_layout_is_the_paired_tokenizers(name: str) -> None:
     model, tokenizer = tiny_pair(name)
     assert model.layout == tokenizer.layout
-    other = create_model(model_entry(name).tokenizer or "", **{**model_entry(name).tiny_tokenizer, "codebook_size": 5})
+    with torch.device("meta"):
+        other = create_model(model_entry(name).tokenizer or "", **other_codebook(model_entry(name)))
     with pytest.raises(ValueError, match="do not fit together"):
         sample(model, other, classes(model, 1), Rng.from_seed(0, 1))
 
@@ -418,6 +437,10 @@ def test_the_same_pipeline_draws_edits_saves_and_opens_it(name: str, tmp_path: P
     again.set_progress_bar_config(disable=True)
     assert again.transformer.layout == model.layout and again.sampler.config.top_p == 0.9
     assert np.array_equal(again([0, 1], seed=0, output_type="np").images, pipe([0, 1], seed=0, output_type="np").images)
+    if len(model.layout.grids[-1]) == 1:
+        with pytest.raises(ValueError, match="tokens of a place"):
+            pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0)
+        return
     edited = pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0, output_type="latent").images
     kept = tokenizer.encode(random_images(tokenizer, 1))
     assert edited.shape == kept.shape and edited[0, -1] == kept[0, -1]  # the last token lies outside the box
@@ -433,15 +456,19 @@ def test_encode_and_decode(name: str) -> None:
     with torch.no_grad():
         tokens = model.encode(images)
         decoded = model.decode(tokens)
-    assert tokens.dtype == torch.int64 and tokens.shape == (3, model.layout.length)
-    assert tokens.min() >= 0 and tokens.max() < model.layout.codebook_size and len(tokens.unique()) > 1
+    if name in DISCRETE:
+        assert tokens.dtype == torch.int64 and tokens.shape == (3, model.layout.length)
+        assert tokens.min() >= 0 and tokens.max() < model.layout.codebook_size and len(tokens.unique()) > 1
+    else:
+        assert tokens.is_floating_point() and tokens.shape == (3, model.layout.length, model.layout.dim)
     assert decoded.shape == images.shape and decoded.abs().max() <= 1 and decoded.std() > 0
     assert torch.equal(tokens, model.encode(images))
-    assert torch.equal(tokens[1:2], model.encode(images[1:2]))
+    alone = model.encode(images[1:2])
+    assert torch.equal(tokens[1:2], alone) if name in DISCRETE else torch.allclose(tokens[1:2], alone, atol=1e-5)
     torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_codebook_and_vectors(name: str) -> None:
     model = tiny(name)
     tokens = random_tokens(model, 2)
@@ -452,7 +479,7 @@ def test_codebook_and_vectors(name: str) -> None:
     assert torch.equal(model.decode(vectors), model.decode(tokens))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_any_number_of_whole_grids_decodes(name: str) -> None:
     model = tiny(name)
     tokens, seen = random_tokens(model, 2), []
@@ -461,6 +488,21 @@ def test_any_number_of_whole_grids_decodes(name: str) -> None:
         assert seen[-1].shape == (2, 3, *model.image_size)
     assert torch.equal(seen[-1], model.decode(tokens))
     assert all(not torch.equal(a, b) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latents_have_no_codebook_and_may_be_sampled(name: str) -> None:
+    model = tiny(name)
+    images = random_images(model, 4)
+    with torch.no_grad():
+        mean, rng = model.encode(images), Rng.from_seed(0, 4)
+        sample = model.encode(images, rng)
+        torch.testing.assert_close(model.encode(images[2:3], rng[2:3]), sample[2:3], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(sample, mean) and torch.equal(sample, model.encode(images, rng))
+    with pytest.raises(ValueError, match="no codebook"):
+        _ = model.codebook
+    with pytest.raises(ValueError, match="no ids"):
+        model.vectors(torch.zeros(1, 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

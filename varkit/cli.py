@@ -102,6 +102,7 @@ def sample(
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
     more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
         "grid.png"
     ),
@@ -142,6 +143,7 @@ def sample(
         "top_p": top_p,
         "min_p": min_p,
         "more_smooth": more_smooth,
+        "num_tokens": tokens,
     }
     settings = pipeline.sampler.settings(**given)
     say(

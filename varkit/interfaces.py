@@ -135,9 +135,9 @@ class Tokenizer(ABC):
         """Height and width of the images that `layout` codes."""
 
     @property
-    @abstractmethod
     def codebook(self) -> Tensor:
-        """(V, C) float32."""
+        """(V, C) float32. Raises ValueError where tokens are latents."""
+        raise ValueError(f"{type(self).__name__} codes latents: it has no codebook")
 
     @abstractmethod
     def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
@@ -147,9 +147,9 @@ class Tokenizer(ABC):
     def decode(self, tokens: Tensor, rng: Rng | None = None) -> Tensor:
         """Ids (B, L) or vectors (B, L, C) -> images (B, 3, H, W) in [-1, 1]."""
 
-    @abstractmethod
     def vectors(self, ids: Tensor) -> Tensor:
         """(B, n) ids, or (B, n, G) of factorised codes, -> (B, n, C) float32 codebook vectors."""
+        raise ValueError(f"{type(self).__name__} codes latents: it has no ids")
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) -> the generator's teacher-forcing inputs, (B, L, C) or (B, L).

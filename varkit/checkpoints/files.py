@@ -78,9 +78,15 @@ def load_official(path: str | Path, **overrides: Any) -> nn.Module:
     Args: overrides: constructor arguments to use instead of those read from the file (`scales=` for 512 px).
     Raises: ValueError when no release has such keys, or the file does not fit.
     """
+    state = read_state_dict(path)
+    kind = format_of_state(state, str(path))
+    arguments = kind.arguments(state)
     cards = [checkpoint(name) for name in list_checkpoints()]
-    known = next((card.overrides for card in cards if card.filename == Path(path).name), {})
-    return build_official(read_state_dict(path), str(path), **{**known, **overrides})
+    arguments |= next((card.overrides for card in cards if card.filename == Path(path).name), {})
+    for name, value in kind.settings(Path(path)).items():
+        nested = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
+        arguments[name] = {**arguments[name], **value} if nested else value
+    return build_official(state, str(path), **{**arguments, **overrides})
 
 
 def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:

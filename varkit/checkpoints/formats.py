@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
+
+
+def _no_settings(path: Path) -> dict[str, Any]:
+    return {}
 
 
 def _unchanged(state: StateDict, model: Any) -> StateDict:
@@ -41,6 +46,8 @@ class OfficialFormat:
         model: the class, as "module:Name"; imported when first needed.
         is_it: whether a state dict is of this kind, from its keys.
         arguments: constructor arguments from keys and shapes alone.
+        settings: further constructor arguments, written in the file or beside it: they win over those of the shapes,
+            a mapping argument entry by entry.
         from_official, to_official: state dict and model -> state dict, in both directions.
         sampling: settings of `NextGroupSampler` that the release recommends; empty for tokenizers.
         condition: of generators, what it is conditioned on, where one class serves several.
@@ -56,6 +63,7 @@ class OfficialFormat:
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
     sampling: Mapping[str, Any] = field(default_factory=dict)
     condition: str | None = None
+    settings: Callable[[Path], dict[str, Any]] = _no_settings
 
     def model_class(self) -> Any:
         module, _, name = self.model.partition(":")

@@ -67,8 +67,18 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         callback: StepCallback | None,
         **settings: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        """One image a row of `cond`, as `output_type` says, and what it took."""
-        bar = self.progress_bar(total=len(self.transformer.schedule()))
+        """One image a row of `cond`, as `output_type` says, and what it took.
+
+        Args: settings: of the sampler; None is its own default.
+        Raises: ValueError on a setting that this sampler does not know.
+        """
+        given = {k: v for k, v in settings.items() if v is not None}
+        if unknown := sorted(given.keys() - self.sampler.settings().keys()):
+            raise ValueError(
+                f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
+                f"{', '.join(self.sampler.settings())}"
+            )
+        bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, **given))
 
         def on_step(info: StepInfo) -> None:
             bar.update()
@@ -89,14 +99,17 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 null=null,
                 known=known,
                 on_step=on_step,
-                **settings,
+                **given,
             )
-        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type)
+        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)
         return images, {"steps": out.steps, "network_calls": out.network_calls, "seconds": out.seconds}
 
-    def to_images(self, tokens: Tensor, output_type: str = "pil") -> Any:
-        """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`."""
-        images = self.image_tokenizer.decode(tokens).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
+    def to_images(self, tokens: Tensor, output_type: str = "pil", rng: Rng | None = None) -> Any:
+        """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`.
+
+        Args: rng: of tokenizers that decode from noise; None is the same noise for each image.
+        """
+        images = self.image_tokenizer.decode(tokens, rng).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
         if output_type == "pt":
             return images
         array = images.permute(0, 2, 3, 1).cpu().numpy()
@@ -118,8 +131,13 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         if (mask is None) == (box is None):
             raise ValueError("give exactly one of mask= and box=")
         tokenizer = self.image_tokenizer
-        pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
         grid = tokenizer.layout.grids[-1]
+        if len(grid) != 2:
+            raise ValueError(
+                f"the {tokenizer.layout.length} tokens of this model have no places in the image (grid {grid}), so no "
+                f"part of it can be kept; edit with a model whose tokens form a grid (h, w)"
+            )
+        pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
         kept = box_mask(grid, box, keep) if box is not None else 1 - mask_to_tensor(mask, grid)
         with torch.no_grad():
             given = tokenizer.encode(pixels)

@@ -79,12 +79,12 @@ class ClassToImagePipeline(ImagePipeline):
         top_p: float | None = None,
         min_p: float | None = None,
         guidance_schedule: str | None = None,
-        guidance_interval: Sequence[int] | None = None,
-        more_smooth: bool | None = None,
+        num_inference_steps: int | None = None,
         known: Known | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        **sampling: Any,
     ) -> ImageOutput | tuple[Any]:
         """Generate one image for each label (times `num_images_per_prompt`).
 
@@ -93,8 +93,9 @@ class ClassToImagePipeline(ImagePipeline):
             guidance_scale: 1 is off; None is this model's default, as for all sampling settings below.
             generator, seed, rng: where randomness comes from, at most one of them; a list of generators
                 gives one an image. The same seed gives an image the same random numbers in any batch.
-            temperature, top_k, top_p, min_p, guidance_schedule, guidance_interval, more_smooth: see
-                `NextGroupSampler`.
+            temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
+            num_inference_steps: the sampler's `num_steps`.
+            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
             known: tokens to keep; see `edit`.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",
@@ -124,12 +125,12 @@ class ClassToImagePipeline(ImagePipeline):
             callback=callback_on_step_end,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
-            guidance_interval=guidance_interval,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            more_smooth=more_smooth,
+            num_steps=num_inference_steps,
+            **sampling,
         )
         if not return_dict:
             return (images,)

@@ -103,12 +103,12 @@ class TextToImagePipeline(ImagePipeline):
         top_p: float | None = None,
         min_p: float | None = None,
         guidance_schedule: str | None = None,
-        guidance_interval: Sequence[int] | None = None,
-        more_smooth: bool | None = None,
+        num_inference_steps: int | None = None,
         known: Known | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
+        **sampling: Any,
     ) -> ImageOutput | tuple[Any]:
         """Generate one image for each prompt (times `num_images_per_prompt`).
 
@@ -119,8 +119,9 @@ class TextToImagePipeline(ImagePipeline):
             guidance_scale: 1 is off; None is this model's default, as for all sampling settings below.
             generator, seed, rng: where randomness comes from, at most one of them; a list of generators
                 gives one an image. The same seed gives an image the same random numbers in any batch.
-            temperature, top_k, top_p, min_p, guidance_schedule, guidance_interval, more_smooth: see
-                `NextGroupSampler`.
+            temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
+            num_inference_steps: the sampler's `num_steps`.
+            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
             known: tokens to keep; see `edit`.
             output_type, callback_on_step_end: as in `ClassToImagePipeline`.
         Raises: ValueError on a bad argument, before any work.
@@ -147,12 +148,12 @@ class TextToImagePipeline(ImagePipeline):
             callback=callback_on_step_end,
             guidance_scale=guidance_scale,
             guidance_schedule=guidance_schedule,
-            guidance_interval=guidance_interval,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
-            more_smooth=more_smooth,
+            num_steps=num_inference_steps,
+            **sampling,
         )
         if not return_dict:
             return (images,)

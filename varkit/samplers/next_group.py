@@ -55,6 +55,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine` or `late`.
         guidance_interval: first and last guided step, counted from 0; outside the condition counts alone. None is all.
         temperature, top_k, top_p, min_p: as in transformers (top_k 0, top_p 1, min_p 0 are off).
+        num_tokens: stop after the first so many tokens, for tokenizers that decode them; None is all.
         more_smooth: hand on mixtures of codes instead of codes (VAR's "for visualisation only"): smoother
             pictures, worse statistics.
     """
@@ -70,6 +71,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         top_p: float = 1.0,
         min_p: float = 0.0,
         more_smooth: bool = False,
+        num_tokens: int | None = None,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -84,6 +86,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             "top_p",
             "min_p",
             "more_smooth",
+            "num_tokens",
         ]
         merged = {name: self.config[name] for name in names}
         merged |= {k: v for k, v in changes.items() if v is not None and k in names}
@@ -120,7 +123,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
-        groups = transformer.schedule()
+        groups = first_groups(transformer.schedule(), settings["num_tokens"])
         size = transformer.layout.codebook_size
         # One draw for all positions: a number depends on its position, not on when it is asked for.
         every = torch.arange(transformer.layout.length, device=groups[0].device)
@@ -151,6 +154,24 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
                 on_step(StepInfo(step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits))
         in_layout_order = torch.cat(decided, 1)[:, torch.cat(groups).argsort()]
         return SamplerOutput(in_layout_order, len(groups), len(groups), time.perf_counter() - began)
+
+
+def first_groups(groups: list[Tensor], num_tokens: int | None) -> list[Tensor]:
+    """The groups that decide positions 0 .. num_tokens - 1; None is all of them.
+
+    Raises: ValueError when no number of first groups decides just these.
+    """
+    if num_tokens is None:
+        return groups
+    ends, count, last = [], 0, -1
+    for positions in groups:
+        count, last = count + len(positions), max(last, int(positions.max()))
+        ends.append(count if last + 1 == count else 0)
+    if num_tokens not in ends or num_tokens < 1:
+        possible = [n for n in ends if n]
+        shown = f"1 to {possible[-1]}" if possible == list(range(1, len(ends) + 1)) else ", ".join(map(str, possible))
+        raise ValueError(f"this model can stop after {shown} tokens; got num_tokens={num_tokens}")
+    return groups[: ends.index(num_tokens) + 1]
 
 
 def mixture(logits: Tensor, gumbel: Tensor, progress: float) -> Tensor:

@@ -66,7 +66,7 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 
 
 def test_all_released_files_are_listed() -> None:
-    files = {json.loads(p.read_text())["file"] for p in MANIFESTS}
+    files = {json.loads(p.read_text())["file"].split()[0] for p in MANIFESTS}  # some add where the file lies
     assert files <= {registry.checkpoint(name).filename for name in registry.list_checkpoints("*")}
 
 

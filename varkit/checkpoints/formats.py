@@ -42,7 +42,8 @@ class OfficialFormat:
         is_it: whether a state dict is of this kind, from its keys.
         arguments: constructor arguments from keys and shapes alone.
         from_official, to_official: state dict and model -> state dict, in both directions.
-        sampling: settings of `NextGroupSampler` that the release recommends; empty for tokenizers.
+        sampling: settings of the generator's sampler that the release recommends, for all sizes or by model; empty for
+            tokenizers.
     """
 
     name: str
@@ -53,11 +54,15 @@ class OfficialFormat:
     release: Release
     from_official: Callable[[StateDict, Any], StateDict] = _unchanged
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
 
     def model_class(self) -> Any:
         module, _, name = self.model.partition(":")
         return getattr(import_module(module), name)
+
+    def sampling_for(self, model: Any) -> dict[str, Any]:
+        """What the release recommends for this model."""
+        return dict(self.sampling(model) if callable(self.sampling) else self.sampling)
 
 
 _formats: dict[str, OfficialFormat] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 """Keyword arguments of `AutoPipeline.from_pretrained` that concern the hub alone."""
 
 PIPELINES = {"ClassToImagePipeline": "varkit.pipelines.class_to_image"}
+
+SAMPLERS = {"NextGroupSampler": "varkit.samplers.next_group", "MaskedSampler": "varkit.samplers.masked"}
 
 
 def zoo_models() -> list[str]:
@@ -69,8 +72,6 @@ class AutoPipeline:
         kind = index.get("_class_name")
         if kind not in PIPELINES:
             raise ValueError(f"{folder} holds a {kind}; varkit opens {', '.join(PIPELINES)}")
-        from importlib import import_module
-
         cls = getattr(import_module(PIPELINES[kind]), kind)
         return cls.from_pretrained(str(folder), **kwargs)
 
@@ -78,7 +79,7 @@ class AutoPipeline:
     def from_single_file(transformer: str | Path, image_tokenizer: str | Path, **sampling: Any) -> Any:
         """A pipeline from two released files, such as `var_d16.pth` and `vae_ch160v4096z32.pth`.
 
-        Args: sampling: settings of `NextGroupSampler` to use as defaults.
+        Args: sampling: settings of the generator's sampler to use as defaults.
         """
         from varkit.checkpoints.files import load_official
 
@@ -111,7 +112,7 @@ def open_tokenizer(name: str) -> Any:
     """
     if name in registry.list_checkpoints():
         name = _download(registry.checkpoint(name))
-    elif is_hub_id(name) and not name.endswith((".pth", ".safetensors")):
+    elif is_hub_id(name) and not name.endswith((".pth", ".bin", ".safetensors")):
         name = str(download(name))
     folder = find_folder(name)
     if folder is not None:
@@ -147,10 +148,11 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
 
 
 def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
+    """A pipeline with the sampler that `transformer` names. `sampling`: its default settings."""
     from varkit.pipelines.class_to_image import ClassToImagePipeline
-    from varkit.samplers.next_group import NextGroupSampler
 
-    return ClassToImagePipeline(transformer, tokenizer, NextGroupSampler(**sampling))
+    sampler = getattr(import_module(SAMPLERS[transformer.sampler]), transformer.sampler)
+    return ClassToImagePipeline(transformer, tokenizer, sampler(**sampling))
 
 
 def _download(card: registry.Checkpoint) -> str:

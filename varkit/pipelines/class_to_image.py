@@ -41,7 +41,7 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
     Args:
         transformer: a generator, such as `VAR`.
         image_tokenizer: the tokenizer whose tokens it predicts.
-        sampler: a `NextGroupSampler`; its configuration holds this model's default settings.
+        sampler: a `NextGroupSampler` or `MaskedSampler`; its configuration holds this model's default settings.
         id2label: class names by id, as text keys ("0", "1", ...), for people.
     Raises: ValueError when transformer and tokenizer were not made for each other.
     """
@@ -97,10 +97,13 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         min_p: float | None = None,
         guidance_schedule: str | None = None,
         more_smooth: bool | None = None,
+        num_inference_steps: int | None = None,
+        order: str | None = None,
         known: Known | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        **sampling: Any,
     ) -> ImageOutput | tuple[Any]:
         """Generate one image for each label (times `num_images_per_prompt`).
 
@@ -109,7 +112,8 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
             guidance_scale: 1 is off; None is this model's default, as for all sampling settings below.
             generator, seed, rng: where randomness comes from, at most one of them; a list of generators
                 gives one an image. The same seed gives an image the same random numbers in any batch.
-            temperature, top_k, top_p, min_p, guidance_schedule, more_smooth: see `NextGroupSampler`.
+            temperature, top_k, top_p, min_p, guidance_schedule, more_smooth, order: see `NextGroupSampler`.
+            num_inference_steps: the sampler's `num_steps`.   sampling: further settings that this sampler knows.
             known: tokens to keep; see `edit`.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",
@@ -120,6 +124,24 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
+        settings = {
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "more_smooth": more_smooth,
+            "num_steps": num_inference_steps,
+            "order": order,
+            **sampling,
+        }
+        given = {k: v for k, v in settings.items() if v is not None}
+        if unknown := sorted(given.keys() - self.sampler.settings().keys()):
+            raise ValueError(
+                f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
+                f"{', '.join(self.sampler.settings())}"
+            )
         device = self._execution_device
         labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
         count = (1 if labels is None else len(labels)) * num_images_per_prompt
@@ -133,7 +155,7 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         else:
             ids = torch.tensor(self.label_ids(labels)).repeat_interleave(num_images_per_prompt)
             cond = condition.encode(class_labels=ids).to(device)
-        bar = self.progress_bar(total=len(self.transformer.schedule()))
+        bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, **given))
 
         def on_step(info: StepInfo) -> None:
             bar.update()
@@ -154,13 +176,7 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
                 null=condition.null(cond),
                 known=known,
                 on_step=on_step,
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                more_smooth=more_smooth,
+                **given,
             )
         images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type)
         if not return_dict:
@@ -206,6 +222,11 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         tokenizer = self.image_tokenizer
         pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
         grid = tokenizer.layout.grids[-1]
+        if len(grid) != 2:
+            raise ValueError(
+                f"the {tokenizer.layout.length} tokens of this model have no places in the image (grid {grid}), so no "
+                f"part of it can be kept; edit with a model whose tokens form a grid (h, w)"
+            )
         if box is not None:
             kept = box_mask(grid, box, keep)
         else:

@@ -40,6 +40,7 @@ class Draw(IntEnum):
     ORDER = 60  # the order in which tokens are predicted, and whether it is a random one
     CONFIDENCE = 61  # noise on how sure a drawn token is, in masked sampling
     MASK = 62  # which tokens are masked, and how many, when a masked generator trains
+    LATENT = 63  # noise of a latent drawn from its posterior
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

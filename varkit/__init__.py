@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AutoPipeline": "varkit.pipelines.auto",
     "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "MaskedSampler": "varkit.samplers.masked",
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq",
     "NextGroupSampler": "varkit.samplers.next_group",
     "Rng": "varkit.rng",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from varkit.registry import list_checkpoints as list_checkpoints
     from varkit.registry import list_models as list_models
     from varkit.rng import Rng as Rng
+    from varkit.samplers.masked import MaskedSampler as MaskedSampler
     from varkit.samplers.next_group import NextGroupSampler as NextGroupSampler
     from varkit.tokenizers.multiscale_vq import MultiScaleVQ as MultiScaleVQ
 

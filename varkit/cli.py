@@ -89,7 +89,9 @@ def sample(
     num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images; image i is the same at any --num.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="uncond + w (cond - uncond); 1 is off.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late, ...")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps, where the model can take several.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of the tokens, where the model can take any: raster, ...")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
@@ -126,14 +128,15 @@ def sample(
         "top_p": top_p,
         "min_p": min_p,
         "more_smooth": more_smooth,
+        "order": order,
     }
-    settings = pipeline.sampler.settings(**given)
+    settings = pipeline.sampler.settings(**given, num_steps=steps)
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}), {dtype} on {pipeline.device}"
     )
     began = time.perf_counter()
-    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given)
+    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps)
     record = {"model": name, "seed": seed, "dtype": dtype, **settings, "version": varkit.__version__}
     images, labels, files = [], [], []
     for index, label, image in tqdm(made, total=num, unit="image", disable=not sys.stderr.isatty()):

@@ -258,7 +258,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
         u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.MASK, step=1)  # B 1
         count = (length * torch.acos(u) * 2 / math.pi).floor().clamp_min(1)
         places = torch.arange(length, device=u.device)
-        return rng.uniform(places, Draw.MASK).argsort(1, stable=True).argsort(1) < count
+        return rng.uniform(places, Draw.MASK).argsort(dim=1, stable=True).argsort(1) < count
 
     def training_loss(  # type: ignore[override]
         self,

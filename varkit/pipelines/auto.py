@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,13 @@ def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
 
     A convolutional tokenizer's file does not say the size of its images: the generator's layout does.
     """
-    from varkit.checkpoints.files import load_official
+    from varkit.checkpoints.files import build_official, read_state_dict
+    from varkit.checkpoints.formats import format_of_state
 
-    names = [n for n in ("scales", "grid") if n in generator.config]
-    return load_official(path, **{n: generator.config[n] for n in names})
+    state = read_state_dict(path)
+    taken = signature(format_of_state(state, str(path)).model_class().__init__).parameters
+    names = [n for n in ("scales", "grid") if n in generator.config and n in taken]
+    return build_official(state, str(path), **{n: generator.config[n] for n in names})
 
 
 def open_model(folder: str | Path) -> Any:

@@ -13,7 +13,18 @@ PACKAGE = ROOT / "varkit"
 FILES = sorted(p for p in PACKAGE.rglob("*.py"))
 TREES = {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text(encoding="utf-8")) for p in FILES}
 
-GROUND = {"config", "rng", "layout", "orders", "interfaces", "registry", "pictures", "hub", "model_card", "metrics.report"}
+GROUND = {
+    "config",
+    "rng",
+    "layout",
+    "orders",
+    "interfaces",
+    "registry",
+    "pictures",
+    "hub",
+    "model_card",
+    "metrics.report",
+}
 """Modules all may import. A card needs a report, which is plain data, and every model can be pushed with its card."""
 
 PARTS = GROUND | {"layers"}

@@ -15,9 +15,10 @@ from typer.testing import CliRunner
 from tests.test_models import classes, nothing, random_tokens, tiny, tiny_pair
 from varkit import AutoPipeline, ClassToImagePipeline, MaskedSampler, Rng, TokenLayout
 from varkit.cli import app
-from varkit.generators.maskgit import MaskGIT, MaskedState
+from varkit.generators.maskgit import MaskedState, MaskGIT
 from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond
+from varkit.registry import create_model
 from varkit.samplers.masked import MASK_SCHEDULES, least_sure
 
 NAMES = ["maskgit_titok_l32", "maskgit_titok_s128"]
@@ -57,8 +58,6 @@ def test_as_many_stay_masked_as_the_schedule_says(schedule: str) -> None:
     read: list[Tensor] = []
     predict = model.predict
     model.predict = lambda state, ids, every: (read.append(ids.clone()), predict(state, ids, every))[1]
-    from varkit.registry import create_model
-
     tokenizer = create_model("titok_fashion", num_tokens=24, codebook_size=24, latent_dim=4)
     out = sampler.generate(tokenizer, model, classes(model, 3), Rng.from_seed(0, 3))
     assert out.steps == out.network_calls == len(read) == steps
@@ -170,7 +169,9 @@ def test_wrong_settings_and_models_are_refused() -> None:
 
 def test_a_pipeline_takes_it_saves_it_and_the_command_shows_it(tmp_path: Path) -> None:
     model, tokenizer = tiny_pair("maskgit_titok_fashion")
-    pipe = ClassToImagePipeline(model, tokenizer, MaskedSampler(num_steps=3, guidance_scale=2.0, choice_temperature=7.0))
+    pipe = ClassToImagePipeline(
+        model, tokenizer, MaskedSampler(num_steps=3, guidance_scale=2.0, choice_temperature=7.0)
+    )
     pipe.set_progress_bar_config(disable=True)
     steps: list[int] = []
     out = pipe([0, 1], seed=0, output_type="np", callback_on_step_end=lambda p, s, i, v: steps.append(v["num_steps"]))

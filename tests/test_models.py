@@ -32,7 +32,7 @@ def _causal(name: str) -> bool:
 
 
 CAUSAL = [name for name in GENERATORS if _causal(name)]
-"""Those of which one teacher-forced pass gives all predictions; the others are tested in the order of their schedule."""
+"""Those of which one teacher-forced pass gives all predictions; the others follow their schedule."""
 MASKED = [name for name in GENERATORS if name not in CAUSAL]
 
 OFFICIAL_PARAMETERS = {
@@ -460,7 +460,8 @@ def test_encode_and_decode(name: str) -> None:
     assert decoded.shape == images.shape and decoded.abs().max() <= 1 and decoded.std() > 0
     assert torch.equal(tokens, model.encode(images))
     torch.testing.assert_close(tokens[1:2], model.encode(images[1:2]), atol=1e-4, rtol=1e-4)  # ids: equal
-    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-4, rtol=1e-4)
+    # An eighth of an 8-bit level: group norms of nearly constant maps, as random weights make them, amplify rounding.
+    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

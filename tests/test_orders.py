@@ -54,7 +54,7 @@ def test_random_orders_belong_to_images_and_cover_all_permutations() -> None:
 
 
 def test_wrong_names_and_grids_are_refused() -> None:
-    with pytest.raises(ValueError, match="no order is called 'spirel'.*did you mean 'spiral'"):
+    with pytest.raises(ValueError, match=r"no order is called 'spirel'.*did you mean 'spiral'"):
         token_order("spirel", (2, 2))
     with pytest.raises(ValueError, match=r"got \(2, 2, 2\)"):
         token_order("raster", (2, 2, 2))

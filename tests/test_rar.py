@@ -90,7 +90,7 @@ def test_training_sees_the_orders_and_hidden_states_come_back_in_place() -> None
     torch.testing.assert_close(out["loss"], expected)
     assert torch.equal(out["hidden"][0, orders[0, 4]], hidden[0, 4])
     raster = model.training_loss(tokens, inputs, cond, rng)["loss"]
-    assert abs(float(raster - out["loss"])) > 1e-4
+    assert abs(float(raster.detach() - out["loss"].detach())) > 1e-4
     one = torch.zeros(2, model.layout.length)
     one[:, orders[0, 3]] = 1.0
     weighted = model.training_loss(tokens[:1], inputs[:1], cond[:1], rng[:1], orders=orders[:1], weight=one[:1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,12 @@ def test_clustering_moves_unused_codes_and_leaves_used_ones() -> None:
 
 def test_a_training_step_reaches_all_that_is_trained_in_its_stage() -> None:
     images = random_images(tiny("titok_l32"), 2)
-    for name, frozen in (("titok_l32", False), ("titok_l32", True), ("titok_bl64_vq8k", False), ("tatitok_bl64_vae", False)):
+    for name, frozen in (
+        ("titok_l32", False),
+        ("titok_l32", True),
+        ("titok_bl64_vq8k", False),
+        ("tatitok_bl64_vae", False),
+    ):
         model = tiny(name).train()
         text = torch.randn(2, 5, 6) if model.config.text_length else None
         out = model(images, Rng.from_seed(0, 2), text=text, frozen=frozen)
@@ -135,7 +141,7 @@ def test_text_features_are_those_of_all_tokens_with_zeros_behind_the_end(tmp_pat
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
     words = ["<|startoftext|>", "<|endoftext|>", "!", "a</w>", "c", "a", "t</w>", "ca", "cat</w>"]
-    (tmp_path / "vocab.json").write_text(__import__("json").dumps({w: i for i, w in enumerate(words)}))
+    (tmp_path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}))
     (tmp_path / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
     CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save_pretrained(tmp_path)
     config = CLIPTextConfig(

@@ -89,7 +89,9 @@ def sample(
     num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images; image i is the same at any --num.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="uncond + w (cond - uncond); 1 is off.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late, ...")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late, ...")
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps, where the model can take several.")] = None,
     order: Annotated[str | None, typer.Option(help="Of the tokens, where the model can take any: raster, ...")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter.")] = None,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.parity.adapters import Answers, adapter
 from tests.parity.weights import Case
-from varkit.checkpoints import maskgit_vqgan as vqgan_keys
 from varkit.checkpoints import maskgit as maskgit_keys
+from varkit.checkpoints import maskgit_vqgan as vqgan_keys
 from varkit.checkpoints import rar as rar_keys
 from varkit.checkpoints import titok as titok_keys
 from varkit.checkpoints.files import load_strictly
@@ -51,7 +51,9 @@ def decoder_of(model: Generator) -> MaskGitVQGAN | TiTok:
     """Some tokenizer with the generator's layout, which is all that a sampler reads of it."""
     layout = model.layout
     if len(layout.grids[0]) == 1:
-        return TiTok(layout.length, layout.codebook_size, layout.dim, 16, 16, encoder_size=(8, 1, 1), decoder_size=(8, 1, 1))
+        return TiTok(
+            layout.length, layout.codebook_size, layout.dim, 16, 16, encoder_size=(8, 1, 1), decoder_size=(8, 1, 1)
+        )
     return MaskGitVQGAN(layout.codebook_size, layout.dim, 32, (1,), 1, grid=layout.grids[0])
 
 

@@ -1,7 +1,7 @@
 """The masked generators of TiTok (Yu et al., arXiv 2406.07550, section 3.3), after MaskGIT (arXiv 2202.04200).
 
-Source: bytedance/1d-tokenizer: modeling/maskgit.py (942a96f): `ImageBert`, a BERT encoder with norms after the branches,
-and `UViTBert`, a U-shaped transformer with norms before them. Both read [class, tokens], masked where nothing is
+Source: bytedance/1d-tokenizer: modeling/maskgit.py (942a96f): `ImageBert`, a BERT encoder with norms after the
+branches, and `UViTBert`, a U-shaped transformer with norms before them. Both read [class, tokens], masked where nothing is
 decided, and predict every token at once. What differs: labels and masks are drawn by keyed random numbers.
 Embedding rows: V codes, the mask, the classes, the dropped class.
 
@@ -289,7 +289,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
 def masked_cross_entropy(
     logits: Tensor, target: Tensor, mask: Tensor, label_smoothing: float = 0.1, unmasked_weight: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean of all tokens' cross entropies, and the share of masked tokens that are right, averaged over images.
+    """The weighted mean of all tokens' cross entropies, and the share of masked tokens that are right, mean over images.
 
     Source: bytedance/1d-tokenizer: modeling/modules/losses.py, `MLMLoss`.
     Args: logits: (B, L, V).   target: (B, L) ids.   mask: (B, L) bool, true where the token was hidden.
@@ -365,7 +365,7 @@ for _name, (_preset, _tokenizer, _summary) in _PRESETS.items():
             tiny_tokenizer=_TINY_TOKENIZER,
         )
     )
-# The README's guidance s of cond + s (cond - uncond) is w = 1 + s here; power-cosine is written as w by the release too.
+# The README's guidance s of cond + s (cond - uncond) is w = 1 + s here; power-cosine is w in the release too.
 for _size, _fid, _sampling in (
     ("l32", "2.77", {"guidance_scale": 5.5, "guidance_schedule": "linear-open", "choice_temperature": 9.5}),
     ("b64", "2.48", {"guidance_scale": 4.0, "guidance_schedule": "linear-open", "choice_temperature": 11.0}),

@@ -187,7 +187,7 @@ def _masked(transformer: Generator, batch: int, device: torch.device) -> Tensor:
 
 def _open(ids: Tensor, transformer: Generator) -> Tensor:
     """(B, L): where nothing is decided. A position of factorised ids is masked as a whole."""
-    masked = ids == transformer.mask_id
+    masked = ids.eq(transformer.mask_id or 0)
     return masked.any(-1) if masked.dim() == 3 else masked
 
 

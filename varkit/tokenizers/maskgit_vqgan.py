@@ -169,7 +169,8 @@ class MaskGitVQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         widths = [base_channels * m for m in channel_multipliers]
         if any(width % 32 for width in widths):
             raise ValueError(
-                f"every width base_channels * multiplier must be a multiple of 32 (GroupNorm has 32 groups); got {widths}"
+                f"every width base_channels * multiplier must be a multiple of 32 (GroupNorm has 32 groups); "
+                f"got {widths}"
             )
         if image_channels not in (1, 3):
             raise ValueError(f"image_channels must be 1 (grey) or 3; got {image_channels}")

@@ -283,7 +283,8 @@ class TiTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     """Images <-> a short sequence of codes, or of latents. The defaults are the released TiTok-BL-64 with 8192 codes.
 
     Args:
-        num_tokens: N.   codebook_size, latent_dim: V and C; codebook_size None is the KL model, whose tokens are latents.
+        num_tokens: N.
+        codebook_size, latent_dim: V and C; codebook_size None is the KL model, whose tokens are latents.
         resolution, patch: sides of image and patch.   image_channels: 3, or 1 for grey images.
         encoder_size, decoder_size: width, layers and heads of the two transformers.
         normalize_codes, clustering, commitment_weight: see `Quantizer`.

@@ -1,8 +1,8 @@
 """The masked generators of TiTok (Yu et al., arXiv 2406.07550, section 3.3), after MaskGIT (arXiv 2202.04200).
 
 Source: bytedance/1d-tokenizer: modeling/maskgit.py (942a96f): `ImageBert`, a BERT encoder with norms after the
-branches, and `UViTBert`, a U-shaped transformer with norms before them. Both read [class, tokens], masked where nothing is
-decided, and predict every token at once. What differs: labels and masks are drawn by keyed random numbers.
+branches, and `UViTBert`, a U-shaped transformer with norms before them. Both read [class, tokens], masked where nothing
+is decided, and predict every token at once. What differs: labels and masks are drawn by keyed random numbers.
 Embedding rows: V codes, the mask, the classes, the dropped class.
 
 Shapes: B batch, L tokens, S = L + 1 entries with the class, C width, V codebook.
@@ -289,7 +289,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
 def masked_cross_entropy(
     logits: Tensor, target: Tensor, mask: Tensor, label_smoothing: float = 0.1, unmasked_weight: float = 0.1
 ) -> tuple[Tensor, Tensor]:
-    """The weighted mean of all tokens' cross entropies, and the share of masked tokens that are right, mean over images.
+    """The weighted mean of all tokens' cross entropies, and the images' mean share of masked tokens that are right.
 
     Source: bytedance/1d-tokenizer: modeling/modules/losses.py, `MLMLoss`.
     Args: logits: (B, L, V).   target: (B, L) ids.   mask: (B, L) bool, true where the token was hidden.

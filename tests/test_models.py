@@ -47,6 +47,16 @@ def is_discrete(name: str) -> bool:
 DISCRETE = [name for name in TOKENIZERS if is_discrete(name)]
 LATENT = [name for name in TOKENIZERS if name not in DISCRETE]
 
+
+def _causal(name: str) -> bool:
+    with torch.device("meta"):
+        return model_entry(name).build(**model_entry(name).tiny).causal
+
+
+CAUSAL = [name for name in GENERATORS if _causal(name)]
+"""Those of which one teacher-forced pass gives all predictions; the others follow their schedule."""
+MASKED = [name for name in GENERATORS if name not in CAUSAL]
+
 OFFICIAL_PARAMETERS = {
     "var_d16": 310_283_520,
     "var_d20": 600_917_136,
@@ -67,6 +77,29 @@ OFFICIAL_PARAMETERS = {
     "multiscale_vq_f16": 108_948_355,
     "multiscale_vq_f16_512": 108_948_355,
     "multiscale_vq_f16_1024": 108_948_355,
+    "rar_b": 260_923_648,
+    "rar_l": 461_668_352,
+    "rar_xl": 955_425_024,
+    "rar_xxl": 1_498_520_704,
+    "maskgit_vqgan_f16": 54_515_587,
+    "maskgit_titok_l32": 177_202_432,
+    "maskgit_titok_b64": 177_227_008,
+    "maskgit_titok_s128": 294_990_848,
+    "titok_l32": 641_054_735,
+    "titok_b64": 204_814_095,
+    "titok_s128": 83_674_639,
+    "titok_bl64_vq8k": 390_016_148,
+    "titok_bl128_vq8k": 390_179_988,
+    "titok_sl256_vq8k": 330_260_884,
+    "titok_ll32_vae_c16": 606_879_604,
+    "titok_bl64_vae_c16": 389_418_100,
+    "titok_bl128_vae_c16": 389_581_940,
+    "tatitok_bl32_vq": 390_800_532,
+    "tatitok_bl64_vq": 390_882_452,
+    "tatitok_bl128_vq": 391_046_292,
+    "tatitok_bl32_vae": 390_202_484,
+    "tatitok_bl64_vae": 390_284_404,
+    "tatitok_sl128_vae": 330_275_188,
 }
 
 
@@ -121,7 +154,10 @@ def at_once(model: Any, inputs: Tensor, cond: Cond) -> Tensor:
 
 
 def random_tokens(model: Any, batch: int, seed: int = 0) -> Tensor:
+    """Ids (B, L), or latents (B, L, C) of a tokenizer without a codebook."""
     generator = torch.Generator().manual_seed(seed)
+    if model.layout.codebook_size is None:
+        return torch.randn(batch, model.layout.length, model.layout.dim, generator=generator)
     return torch.randint(model.layout.codebook_size, (batch, model.layout.length), generator=generator)
 
 
@@ -230,7 +266,7 @@ def test_schedule_decides_each_position_once(name: str) -> None:
     assert len(model.schedule(len(groups))) == len(groups)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_step_by_step_inputs_are_the_teacher_forced_ones(name: str) -> None:
     model, tokenizer = tiny_pair(name)
     tokens = random_tokens(model, 3)
@@ -241,7 +277,7 @@ def test_step_by_step_inputs_are_the_teacher_forced_ones(name: str) -> None:
         running.record(tokens[:, positions], positions)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_cached_logits_are_the_teacher_forced_ones(name: str) -> None:
     model, tokenizer = tiny_pair(name)
     tokens, cond = random_tokens(model, 4), classes(model, 4)
@@ -257,7 +293,7 @@ def test_cached_logits_are_the_teacher_forced_ones(name: str) -> None:
     assert stepwise.dtype == torch.float32 and stepwise.std() > 0.1
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_every_decided_token_matters_to_what_follows_and_none_that_follows_does(name: str) -> None:
     """Causality over groups: a changed token changes later groups' logits and no earlier one."""
     model, tokenizer = tiny_pair(name)
@@ -271,6 +307,22 @@ def test_every_decided_token_matters_to_what_follows_and_none_that_follows_does(
             past, future = torch.cat(groups[: g + 1]), torch.cat(groups[g + 1 :])
             torch.testing.assert_close(after[:, past], before[:, past], atol=1e-5, rtol=1e-5)
             assert ((after - before)[:, future].abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_every_decided_token_of_a_masked_generator_matters_to_all_that_is_open(name: str) -> None:
+    model = tiny(name)
+    cond = classes(model, 2)
+    tokens, groups = random_tokens(model, 2), model.schedule()
+    with torch.no_grad():
+        for g in range(1, len(groups)):
+            decided, still_open = torch.cat(groups[:g]), torch.cat(groups[g:])
+            logits = []
+            for changed in (tokens, (tokens + 1) % model.layout.codebook_size):
+                state = model.start(cond)
+                model.append(state, changed[:, decided], decided)
+                logits.append(model.predict(state, changed[:, still_open], still_open).logits)
+            assert ((logits[0] - logits[1]).abs().amax(-1) > 1e-5).all()
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -437,8 +489,8 @@ def test_the_same_pipeline_draws_edits_saves_and_opens_it(name: str, tmp_path: P
     again.set_progress_bar_config(disable=True)
     assert again.transformer.layout == model.layout and again.sampler.config.top_p == 0.9
     assert np.array_equal(again([0, 1], seed=0, output_type="np").images, pipe([0, 1], seed=0, output_type="np").images)
-    if len(model.layout.grids[-1]) == 1:
-        with pytest.raises(ValueError, match="tokens of a place"):
+    if len(tokenizer.layout.grids[-1]) != 2:
+        with pytest.raises(ValueError, match="have no places in the image"):
             pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0)
         return
     edited = pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0, output_type="latent").images
@@ -461,16 +513,21 @@ def test_encode_and_decode(name: str) -> None:
         assert tokens.min() >= 0 and tokens.max() < model.layout.codebook_size and len(tokens.unique()) > 1
     else:
         assert tokens.is_floating_point() and tokens.shape == (3, model.layout.length, model.layout.dim)
+        assert tokens.std() > 0
     assert decoded.shape == images.shape and decoded.abs().max() <= 1 and decoded.std() > 0
     assert torch.equal(tokens, model.encode(images))
-    alone = model.encode(images[1:2])
-    assert torch.equal(tokens[1:2], alone) if name in DISCRETE else torch.allclose(tokens[1:2], alone, atol=1e-5)
-    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens[1:2], model.encode(images[1:2]), atol=1e-4, rtol=1e-4)  # ids: equal
+    # An eighth of an 8-bit level: group norms of nearly constant maps, as random weights make them, amplify rounding.
+    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_codebook_and_vectors(name: str) -> None:
     model = tiny(name)
+    if model.layout.codebook_size is None:
+        with pytest.raises(ValueError, match="latents"):
+            model.codebook  # noqa: B018
+        return
     tokens = random_tokens(model, 2)
     assert model.codebook.shape == (model.layout.codebook_size, model.layout.dim)
     vectors = model.vectors(tokens)

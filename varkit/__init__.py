@@ -12,6 +12,7 @@ _EXPORTS = {
     "AutoPipeline": "varkit.pipelines.auto",
     "ClassToImagePipeline": "varkit.pipelines.class_to_image",
     "LlamaGen": "varkit.generators.llamagen",
+    "MaskedSampler": "varkit.samplers.masked",
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq",
     "NextGroupSampler": "varkit.samplers.next_group",
     "Rng": "varkit.rng",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from varkit.registry import list_checkpoints as list_checkpoints
     from varkit.registry import list_models as list_models
     from varkit.rng import Rng as Rng
+    from varkit.samplers.masked import MaskedSampler as MaskedSampler
     from varkit.samplers.next_group import NextGroupSampler as NextGroupSampler
     from varkit.tokenizers.multiscale_vq import MultiScaleVQ as MultiScaleVQ
     from varkit.tokenizers.vqgan import VQGAN as VQGAN

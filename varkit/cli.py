@@ -93,10 +93,14 @@ def sample(
     num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class or prompt.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images; image i is the same at any --num.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="uncond + w (cond - uncond); 1 is off.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late, ...")
+    ] = None,
     guidance_interval: Annotated[
         str | None, typer.Option(help="First and last guided step, from 0: 0,99. Default: all.")
     ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps, where the model can take several.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of the tokens, where the model can take any: raster, ...")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
@@ -144,14 +148,15 @@ def sample(
         "min_p": min_p,
         "more_smooth": more_smooth,
         "num_tokens": tokens,
+        "order": order,
     }
-    settings = pipeline.sampler.settings(**given)
+    settings = pipeline.sampler.settings(**given, num_steps=steps)
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}), {dtype} on {pipeline.device}"
     )
     began = time.perf_counter()
-    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given, **extra)
+    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps, **extra)
     record = {"model": name, "seed": seed, "dtype": dtype, **settings, **extra, "version": varkit.__version__}
     kind, kinds = ("prompt", "prompts") if of_text else ("class", "classes")
     images, labels, files = [], [], []

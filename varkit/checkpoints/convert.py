@@ -62,7 +62,7 @@ def convert(
         from varkit.pipelines.auto import assemble, load_official_tokenizer
 
         image_tokenizer = load_official_tokenizer(tokenizer, model).to(getattr(torch, dtype))
-        assemble(model, image_tokenizer, dict(format_of_model(model).sampling)).save_pretrained(to)
+        assemble(model, image_tokenizer, format_of_model(model).sampling_for(model)).save_pretrained(to)
         what = '--prompt "a photo of a lighthouse"' if model.condition == "text" else "--class 207"
         lines = [f"wrote the pipeline {to}: varkit sample {to} {what}"]
     else:

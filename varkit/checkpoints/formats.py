@@ -49,7 +49,8 @@ class OfficialFormat:
         settings: further constructor arguments, written in the file or beside it: they win over those of the shapes,
             a mapping argument entry by entry.
         from_official, to_official: state dict and model -> state dict, in both directions.
-        sampling: settings of `NextGroupSampler` that the release recommends; empty for tokenizers.
+        sampling: settings of the generator's sampler that the release recommends, for all sizes or by model; empty for
+            tokenizers.
         condition: of generators, what it is conditioned on, where one class serves several.
     """
 
@@ -61,13 +62,17 @@ class OfficialFormat:
     release: Release
     from_official: Callable[[StateDict, Any], StateDict] = _unchanged
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     condition: str | None = None
     settings: Callable[[Path], dict[str, Any]] = _no_settings
 
     def model_class(self) -> Any:
         module, _, name = self.model.partition(":")
         return getattr(import_module(module), name)
+
+    def sampling_for(self, model: Any) -> dict[str, Any]:
+        """What the release recommends for this model."""
+        return dict(self.sampling(model) if callable(self.sampling) else self.sampling)
 
 
 _formats: dict[str, OfficialFormat] = {}

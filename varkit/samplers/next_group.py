@@ -13,7 +13,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.heads.categorical import Categorical, pick
-from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.interfaces import Cond, Generator, PreviousToken, Running, Tokenizer
+from varkit.orders import check_order
 from varkit.rng import Draw, Rng
 from varkit.samplers.guidance import guidance_interval, guidance_schedule
 from varkit.samplers.processors import build_processors
@@ -52,12 +53,15 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
 
     Args:
         guidance_scale: w of uncond + w (cond - uncond); 1 is off.
-        guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine` or `late`.
+        guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine`, `late`, `linear-open` or `power-cosine` (RAR's).
+        guidance_power: of power-cosine: the larger, the later guidance sets in; 0 is constant.
         guidance_interval: first and last guided step, counted from 0; outside the condition counts alone. None is all.
         temperature, top_k, top_p, min_p: as in transformers (top_k 0, top_p 1, min_p 0 are off).
         num_tokens: stop after the first so many tokens, for tokenizers that decode them; None is all.
         more_smooth: hand on mixtures of codes instead of codes (VAR's "for visualisation only"): smoother
             pictures, worse statistics.
+        num_steps: None is the generator's own number.
+        order: of the tokens, by its name in `varkit.orders`, for generators that can take any; None is their own.
     """
 
     @register_to_config
@@ -72,6 +76,9 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         min_p: float = 0.0,
         more_smooth: bool = False,
         num_tokens: int | None = None,
+        guidance_power: float = 1.0,
+        num_steps: int | None = None,
+        order: str | None = None,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -87,13 +94,31 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             "min_p",
             "more_smooth",
             "num_tokens",
+            "guidance_power",
+            "num_steps",
+            "order",
         ]
         merged = {name: self.config[name] for name in names}
         merged |= {k: v for k, v in changes.items() if v is not None and k in names}
-        guidance_schedule(merged["guidance_schedule"])
+        guidance_schedule(merged["guidance_schedule"], merged["guidance_power"])
         guidance_interval(merged["guidance_interval"])
         build_processors(**{k: merged[k] for k in ("temperature", "top_k", "top_p", "min_p")})
+        if merged["order"] is not None:
+            check_order(merged["order"])
         return merged
+
+    def groups(self, transformer: Generator, **changes: Any) -> list[Tensor]:
+        """The positions of each step, (n,) each, under these settings. Raises ValueError as the generator does."""
+        settings = self.settings(**changes)
+        if settings["order"] is None:
+            groups = transformer.schedule(settings["num_steps"])
+        else:
+            groups = transformer.in_order(settings["order"])
+        return first_groups(groups, settings["num_tokens"])
+
+    def count_steps(self, transformer: Generator, **changes: Any) -> int:
+        """How many steps `generate` will take."""
+        return len(self.groups(transformer, **changes))
 
     @torch.no_grad()
     def generate(
@@ -119,18 +144,22 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         settings = self.settings(**changes)
         transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
         processors = build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")})
-        schedule, w = guidance_schedule(settings["guidance_schedule"]), float(settings["guidance_scale"])
+        schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
+        w = float(settings["guidance_scale"])
         first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
-        groups = first_groups(transformer.schedule(), settings["num_tokens"])
+        groups = self.groups(transformer, **settings)
         size = transformer.layout.codebook_size
         # One draw for all positions: a number depends on its position, not on when it is asked for.
         every = torch.arange(transformer.layout.length, device=groups[0].device)
         uniform = rng.uniform(every, Draw.TOKEN, count=len(size) if isinstance(size, tuple) else None)  # B L, B L G
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
-        running = tokenizer.running(len(cond))
+        running: Running = tokenizer.running(len(cond))
+        if settings["order"] is not None:
+            factors = (len(size),) if isinstance(size, tuple) else ()
+            running = PreviousToken((len(cond), len(every), *factors), every.device, torch.cat(groups))
         decided: list[Tensor] = []
         for step, positions in enumerate(groups):
             predictive = transformer.predict(state, running.inputs(positions), positions)

@@ -207,3 +207,21 @@ def tokenizer_loss(
 def from_step(weight: float, step: int, start: int) -> float:
     """`weight` from step `start` on, 0 before."""
     return weight if step >= start else 0.0
+
+
+def lecam_loss(real: Tensor, fake: Tensor, real_average: Tensor, fake_average: Tensor) -> Tensor:
+    """LeCam regularisation (Tseng et al., arXiv 2104.03310) of a discriminator: its logits of real images may not rise
+    far above the moving average of those of fakes, nor the other way round.
+
+    Source: bytedance/1d-tokenizer: modeling/modules/losses.py, on batch means.
+    """
+    above = F.relu(real.float().mean() - fake_average).square()
+    return (above + F.relu(real_average - fake.float().mean()).square()).mean()
+
+
+def proxy_code_loss(logits: Tensor, codes: Tensor, quantizer_loss: Tensor, quantizer_weight: float = 1.0) -> Tensor:
+    """TiTok's first stage: cross entropy of a frozen VQGAN's codes, plus the quantiser's own loss.
+
+    Args: logits: (B, codes, h, w).   codes: (B, h * w) ids.
+    """
+    return F.cross_entropy(logits.float().flatten(2), codes) + quantizer_weight * quantizer_loss

@@ -157,7 +157,8 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
         if backbone == "uvit" and depth % 2:
             raise ValueError(f"the depth of a uvit must be even; got {depth}")
         self.layout = TokenLayout((tuple(grid),), codebook_size, latent_dim)
-        self.num_classes, self.mask_id = num_classes, codebook_size
+        self.num_classes = num_classes
+        self.mask_id: int = codebook_size
         vit = backbone == "vit"
         sizes = (hidden_size, num_heads, mlp_hidden, dropout, attention_dropout, 1e-12 if vit else 1e-5)
         self.embeddings = nn.Embedding(codebook_size + 1 + num_classes + 1, hidden_size)
@@ -192,7 +193,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def forward(self, ids: Tensor, class_labels: Tensor) -> Tensor:
         """Partly masked ids (B, L) and classes (B,) -> logits of all positions (B, L, V) float32."""
-        first = class_labels[:, None] + self.layout.codebook_size + 1
+        first = class_labels[:, None] + self.mask_id + 1
         x = self.embeddings(torch.cat([first, ids], 1)) + self.pos_embed
         if self.config.backbone == "vit":
             x = self.embed_dropout(self.norm(x + self.type_embed[0]))

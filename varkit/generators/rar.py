@@ -164,7 +164,7 @@ class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         if hidden_size % num_heads:
             raise ValueError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}")
         self.layout = TokenLayout((tuple(grid),), codebook_size, latent_dim)
-        self.num_classes = num_classes
+        self.num_classes, self.first_class = num_classes, codebook_size + 1  # a row of `embeddings`
         self.gradient_checkpointing = False
         length = self.layout.length
 
@@ -201,7 +201,7 @@ class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def embed_classes(self, labels: Tensor) -> Tensor:
         """(B,) -> (B, C); `num_classes` is the null class."""
-        return self.embeddings(labels + self.layout.codebook_size + 1)
+        return self.embeddings(labels + self.first_class)
 
     def embed_sequence(self, cond: Tensor, ids: Tensor, orders: Tensor) -> Tensor:
         """cls, condition (B, C) and n ids (B, n) in the order of prediction, (B|1, L) -> (B, n + 2, C)."""

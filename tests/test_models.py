@@ -22,8 +22,40 @@ from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.registry import create_model, list_models, model_entry
 
-GENERATORS = list_models(kind="generator")
-TOKENIZERS = list_models(kind="tokenizer")
+
+def distinct(names: list[str]) -> list[str]:
+    """The first of those that are the same when made tiny: sizes of one model are tested once."""
+    found: dict[str, str] = {}
+    for name in names:
+        entry = model_entry(name)
+        with torch.device("meta"):
+            model = entry.build(**entry.tiny)
+        config = {k: v for k, v in model.config.items() if not k.startswith("_")}
+        found.setdefault(f"{type(model).__name__} {sorted(config.items(), key=str)} {entry.tiny_tokenizer}", name)
+    return sorted(found.values())
+
+
+GENERATORS = distinct(list_models(kind="generator"))
+TOKENIZERS = distinct(list_models(kind="tokenizer"))
+
+
+def is_discrete(name: str) -> bool:
+    with torch.device("meta"):
+        return create_model(name, **model_entry(name).tiny).layout.codebook_size is not None
+
+
+DISCRETE = [name for name in TOKENIZERS if is_discrete(name)]
+LATENT = [name for name in TOKENIZERS if name not in DISCRETE]
+
+
+def _causal(name: str) -> bool:
+    with torch.device("meta"):
+        return model_entry(name).build(**model_entry(name).tiny).causal
+
+
+CAUSAL = [name for name in GENERATORS if _causal(name)]
+"""Those of which one teacher-forced pass gives all predictions; the others follow their schedule."""
+MASKED = [name for name in GENERATORS if name not in CAUSAL]
 
 OFFICIAL_PARAMETERS = {
     "var_d16": 310_283_520,
@@ -31,9 +63,43 @@ OFFICIAL_PARAMETERS = {
     "var_d24": 1_033_399_360,
     "var_d30": 2_010_020_356,
     "var_d36": 2_353_893_904,
+    "llamagen_b": 110_888_448,
+    "llamagen_l": 342_910_976,
+    "llamagen_xl": 774_699_520,
+    "llamagen_xxl": 1_410_972_672,
+    "llamagen_3b": 3_096_659_200,
+    "llamagen_t2i_xl": 777_678_080,
+    "vq_ds16": 71_883_403,
+    "vq_ds8": 70_109_835,
+    "flextok_d12_d12": 341_651_737,
+    "flextok_d18_d18": 949_734_553,
+    "flextok_d18_d28": 2_540_882_841,
     "multiscale_vq_f16": 108_948_355,
     "multiscale_vq_f16_512": 108_948_355,
     "multiscale_vq_f16_1024": 108_948_355,
+    "rar_b": 260_923_648,
+    "rar_l": 461_668_352,
+    "rar_xl": 955_425_024,
+    "rar_xxl": 1_498_520_704,
+    "maskgit_vqgan_f16": 54_515_587,
+    "maskgit_titok_l32": 177_202_432,
+    "maskgit_titok_b64": 177_227_008,
+    "maskgit_titok_s128": 294_990_848,
+    "titok_l32": 641_054_735,
+    "titok_b64": 204_814_095,
+    "titok_s128": 83_674_639,
+    "titok_bl64_vq8k": 390_016_148,
+    "titok_bl128_vq8k": 390_179_988,
+    "titok_sl256_vq8k": 330_260_884,
+    "titok_ll32_vae_c16": 606_879_604,
+    "titok_bl64_vae_c16": 389_418_100,
+    "titok_bl128_vae_c16": 389_581_940,
+    "tatitok_bl32_vq": 390_800_532,
+    "tatitok_bl64_vq": 390_882_452,
+    "tatitok_bl128_vq": 391_046_292,
+    "tatitok_bl32_vae": 390_202_484,
+    "tatitok_bl64_vae": 390_284_404,
+    "tatitok_sl128_vae": 330_275_188,
 }
 
 
@@ -61,16 +127,37 @@ def tiny_pair(name: str) -> tuple[Any, Any]:
     return model, liven(create_model(entry.tokenizer, **entry.tiny_tokenizer), 0.05)
 
 
+def other_codebook(entry: Any) -> dict[str, Any]:
+    """The paired tokenizer's tiny arguments with another codebook; finite scalars have levels instead of its size."""
+    change = {"levels": (2, 2)} if "levels" in entry.tiny_tokenizer else {"codebook_size": 5}
+    return {**entry.tiny_tokenizer, **change}
+
+
 def classes(model: Any, batch: int) -> Cond:
+    """What the model is conditioned on: classes in turn, or texts of all lengths, padded on the left."""
+    if model.condition == "text":
+        length = model.config.text_length
+        words = torch.randn(batch, length, model.config.text_dim, generator=torch.Generator().manual_seed(2))
+        mask = torch.arange(length) >= (torch.arange(batch) % length)[:, None]
+        return Cond(sequence=words * mask[..., None], mask=mask)
     return Cond(torch.arange(batch) % model.num_classes)
 
 
-def nothing(model: Any, batch: int) -> Cond:
-    return Cond(torch.full((batch,), model.num_classes))
+def nothing(model: Any, cond: Cond) -> Cond:
+    """The absence of `cond`."""
+    return model.null(cond) if model.condition == "text" else Cond(torch.full((len(cond),), model.num_classes))
+
+
+def at_once(model: Any, inputs: Tensor, cond: Cond) -> Tensor:
+    """Teacher-forced logits of all positions."""
+    return model(inputs, cond.vector) if cond.vector is not None else model(inputs, *cond.text)
 
 
 def random_tokens(model: Any, batch: int, seed: int = 0) -> Tensor:
+    """Ids (B, L), or latents (B, L, C) of a tokenizer without a codebook."""
     generator = torch.Generator().manual_seed(seed)
+    if model.layout.codebook_size is None:
+        return torch.randn(batch, model.layout.length, model.layout.dim, generator=generator)
     return torch.randint(model.layout.codebook_size, (batch, model.layout.length), generator=generator)
 
 
@@ -95,7 +182,7 @@ def step_logits(model: Any, tokens: Tensor, inputs: Tensor, cond: Cond, null: Co
 
 
 def sample(model: Any, tokenizer: Any, cond: Cond, rng: Rng, **settings: Any) -> Tensor:
-    null = nothing(model, len(cond))
+    null = nothing(model, cond)
     return NextGroupSampler().generate(tokenizer, model, cond, rng, null=null, **settings).tokens
 
 
@@ -138,7 +225,7 @@ def test_full_size_layouts_fit_and_published_sizes_hold(name: str) -> None:
 # ---- all models -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", GENERATORS + TOKENIZERS)
 def test_saved_and_opened_again_it_is_the_same(name: str, tmp_path: Path) -> None:
     model = tiny(name)
     assert isinstance(model, ModelMixin) and isinstance(model, Generator | Tokenizer)
@@ -164,7 +251,8 @@ def test_saved_and_opened_again_it_is_the_same(name: str, tmp_path: Path) -> Non
 def test_layout_is_the_paired_tokenizers(name: str) -> None:
     model, tokenizer = tiny_pair(name)
     assert model.layout == tokenizer.layout
-    other = create_model(model_entry(name).tokenizer or "", **{**model_entry(name).tiny_tokenizer, "codebook_size": 5})
+    with torch.device("meta"):
+        other = create_model(model_entry(name).tokenizer or "", **other_codebook(model_entry(name)))
     with pytest.raises(ValueError, match="do not fit together"):
         sample(model, other, classes(model, 1), Rng.from_seed(0, 1))
 
@@ -178,7 +266,7 @@ def test_schedule_decides_each_position_once(name: str) -> None:
     assert len(model.schedule(len(groups))) == len(groups)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_step_by_step_inputs_are_the_teacher_forced_ones(name: str) -> None:
     model, tokenizer = tiny_pair(name)
     tokens = random_tokens(model, 3)
@@ -189,14 +277,15 @@ def test_step_by_step_inputs_are_the_teacher_forced_ones(name: str) -> None:
         running.record(tokens[:, positions], positions)
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_cached_logits_are_the_teacher_forced_ones(name: str) -> None:
     model, tokenizer = tiny_pair(name)
-    tokens, cond, null = random_tokens(model, 4), classes(model, 4), nothing(model, 4)
+    tokens, cond = random_tokens(model, 4), classes(model, 4)
+    null = nothing(model, cond)
     inputs = tokenizer.embed(tokens)
     with torch.no_grad():
         stepwise = step_logits(model, tokens, inputs, cond)
-        torch.testing.assert_close(stepwise, model(inputs, cond.vector), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(stepwise, at_once(model, inputs, cond), atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(step_logits(model, tokens, inputs, cond, null), stepwise, atol=1e-4, rtol=1e-4)
         loss = model.training_loss(tokens, inputs, cond, Rng.from_seed(0, 4))["loss"]
     expected = -stepwise.log_softmax(-1).gather(-1, tokens[..., None]).mean()
@@ -204,20 +293,36 @@ def test_cached_logits_are_the_teacher_forced_ones(name: str) -> None:
     assert stepwise.dtype == torch.float32 and stepwise.std() > 0.1
 
 
-@pytest.mark.parametrize("name", GENERATORS)
+@pytest.mark.parametrize("name", CAUSAL)
 def test_every_decided_token_matters_to_what_follows_and_none_that_follows_does(name: str) -> None:
     """Causality over groups: a changed token changes later groups' logits and no earlier one."""
     model, tokenizer = tiny_pair(name)
     tokens, cond, groups = random_tokens(model, 2), classes(model, 2), model.schedule()
     with torch.no_grad():
-        before = model(tokenizer.embed(tokens), cond.vector)
+        before = at_once(model, tokenizer.embed(tokens), cond)
         for g, positions in enumerate(groups[:-1]):
             changed = tokens.clone()
             changed[:, positions] = (changed[:, positions] + 1) % model.layout.codebook_size
-            after = model(tokenizer.embed(changed), cond.vector)
+            after = at_once(model, tokenizer.embed(changed), cond)
             past, future = torch.cat(groups[: g + 1]), torch.cat(groups[g + 1 :])
             torch.testing.assert_close(after[:, past], before[:, past], atol=1e-5, rtol=1e-5)
             assert ((after - before)[:, future].abs().amax(-1) > 1e-5).all()
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_every_decided_token_of_a_masked_generator_matters_to_all_that_is_open(name: str) -> None:
+    model = tiny(name)
+    cond = classes(model, 2)
+    tokens, groups = random_tokens(model, 2), model.schedule()
+    with torch.no_grad():
+        for g in range(1, len(groups)):
+            decided, still_open = torch.cat(groups[:g]), torch.cat(groups[g:])
+            logits = []
+            for changed in (tokens, (tokens + 1) % model.layout.codebook_size):
+                state = model.start(cond)
+                model.append(state, changed[:, decided], decided)
+                logits.append(model.predict(state, changed[:, still_open], still_open).logits)
+            assert ((logits[0] - logits[1]).abs().amax(-1) > 1e-5).all()
 
 
 @pytest.mark.parametrize("name", GENERATORS)
@@ -300,7 +405,8 @@ def test_top_1_is_greedy(name: str) -> None:
 def test_guidance(name: str) -> None:
     """Scale 1 is the condition alone, 0 the absence of it, and between and beyond it is linear."""
     model, tokenizer = tiny_pair(name)
-    cond, null, first = classes(model, 3), nothing(model, 3), model.schedule()[0]
+    cond, first = classes(model, 3), model.schedule()[0]
+    null = nothing(model, cond)
     with torch.no_grad():
         inputs = tokenizer.running(3).inputs(first)
         with_class = model.predict(model.start(cond), inputs, first).logits
@@ -331,7 +437,7 @@ def test_an_image_is_the_same_in_any_batch_and_place(name: str, guidance: float)
 
     def some(rows: Tensor) -> Tensor:
         settings = {"guidance_scale": guidance, "top_p": 0.95}
-        return sample(model, tokenizer, Cond(cond.vector[rows]), rng[rows], **settings)
+        return sample(model, tokenizer, cond[rows], rng[rows], **settings)
 
     all_at_once = some(torch.arange(8))
     assert len(all_at_once.unique(dim=0)) == 8
@@ -362,6 +468,8 @@ def test_bfloat16_runs(name: str) -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_the_same_pipeline_draws_edits_saves_and_opens_it(name: str, tmp_path: Path) -> None:
     model, tokenizer = tiny_pair(name)
+    if model.condition != "class":
+        pytest.skip("opened by another pipeline, which has tests of its own")
     pipe = ClassToImagePipeline(model, tokenizer, NextGroupSampler(top_p=0.9))
     pipe.set_progress_bar_config(disable=True)
     totals: list[int] = []
@@ -381,6 +489,10 @@ def test_the_same_pipeline_draws_edits_saves_and_opens_it(name: str, tmp_path: P
     again.set_progress_bar_config(disable=True)
     assert again.transformer.layout == model.layout and again.sampler.config.top_p == 0.9
     assert np.array_equal(again([0, 1], seed=0, output_type="np").images, pipe([0, 1], seed=0, output_type="np").images)
+    if len(tokenizer.layout.grids[-1]) != 2:
+        with pytest.raises(ValueError, match="have no places in the image"):
+            pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0)
+        return
     edited = pipe.edit(random_images(tokenizer, 1), box=(0, 0, 0.5, 0.5), seed=0, output_type="latent").images
     kept = tokenizer.encode(random_images(tokenizer, 1))
     assert edited.shape == kept.shape and edited[0, -1] == kept[0, -1]  # the last token lies outside the box
@@ -396,17 +508,26 @@ def test_encode_and_decode(name: str) -> None:
     with torch.no_grad():
         tokens = model.encode(images)
         decoded = model.decode(tokens)
-    assert tokens.dtype == torch.int64 and tokens.shape == (3, model.layout.length)
-    assert tokens.min() >= 0 and tokens.max() < model.layout.codebook_size and len(tokens.unique()) > 1
+    if name in DISCRETE:
+        assert tokens.dtype == torch.int64 and tokens.shape == (3, model.layout.length)
+        assert tokens.min() >= 0 and tokens.max() < model.layout.codebook_size and len(tokens.unique()) > 1
+    else:
+        assert tokens.is_floating_point() and tokens.shape == (3, model.layout.length, model.layout.dim)
+        assert tokens.std() > 0
     assert decoded.shape == images.shape and decoded.abs().max() <= 1 and decoded.std() > 0
     assert torch.equal(tokens, model.encode(images))
-    assert torch.equal(tokens[1:2], model.encode(images[1:2]))
-    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokens[1:2], model.encode(images[1:2]), atol=1e-4, rtol=1e-4)  # ids: equal
+    # An eighth of an 8-bit level: group norms of nearly constant maps, as random weights make them, amplify rounding.
+    torch.testing.assert_close(decoded[1:2], model.decode(tokens[1:2]), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_codebook_and_vectors(name: str) -> None:
     model = tiny(name)
+    if model.layout.codebook_size is None:
+        with pytest.raises(ValueError, match="latents"):
+            model.codebook  # noqa: B018
+        return
     tokens = random_tokens(model, 2)
     assert model.codebook.shape == (model.layout.codebook_size, model.layout.dim)
     vectors = model.vectors(tokens)
@@ -415,7 +536,7 @@ def test_codebook_and_vectors(name: str) -> None:
     assert torch.equal(model.decode(vectors), model.decode(tokens))
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("name", DISCRETE)
 def test_any_number_of_whole_grids_decodes(name: str) -> None:
     model = tiny(name)
     tokens, seen = random_tokens(model, 2), []
@@ -424,6 +545,21 @@ def test_any_number_of_whole_grids_decodes(name: str) -> None:
         assert seen[-1].shape == (2, 3, *model.image_size)
     assert torch.equal(seen[-1], model.decode(tokens))
     assert all(not torch.equal(a, b) for a, b in pairwise(seen))
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_latents_have_no_codebook_and_may_be_sampled(name: str) -> None:
+    model = tiny(name)
+    images = random_images(model, 4)
+    with torch.no_grad():
+        mean, rng = model.encode(images), Rng.from_seed(0, 4)
+        sample = model.encode(images, rng)
+        torch.testing.assert_close(model.encode(images[2:3], rng[2:3]), sample[2:3], atol=1e-5, rtol=1e-5)
+    assert not torch.equal(sample, mean) and torch.equal(sample, model.encode(images, rng))
+    with pytest.raises(ValueError, match="no codebook"):
+        _ = model.codebook
+    with pytest.raises(ValueError, match="latents"):
+        model.vectors(torch.zeros(1, 1, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.test_models import random_images, tiny_pair
 from varkit import AutoPipeline, ClassToImagePipeline, NextGroupSampler, Rng
 from varkit.pipelines.auto import create_pipeline, open_tokenizer, zoo_models
-from varkit.pipelines.class_to_image import generate
+from varkit.pipelines.base import generate
 from varkit.pipelines.edit import box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.registry import list_checkpoints
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ

@@ -430,14 +430,14 @@ def test_discriminator_losses_by_value() -> None:
     assert discriminator_loss("hinge", torch.tensor([1.0, 3.0]), torch.tensor([-1.0, -9.0])).item() == 0
 
 
-@pytest.mark.parametrize("kind", ["hinge", "vanilla"])
+@pytest.mark.parametrize("kind", ["hinge", "vanilla", "non_saturating"])
 def test_the_discriminator_pulls_real_up_and_fake_down(kind: Any) -> None:
     real, fake = torch.zeros(3, requires_grad=True), torch.zeros(3, requires_grad=True)
     discriminator_loss(kind, real, fake).backward()
     assert real.grad is not None and fake.grad is not None
     assert (real.grad < 0).all() and (fake.grad > 0).all()
     fake.grad = None
-    generator_loss(fake).backward()
+    generator_loss(fake, kind).backward()
     assert (fake.grad < 0).all()  # the tokenizer wants the opposite
 
 

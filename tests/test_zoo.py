@@ -100,7 +100,7 @@ def test_samples_are_of_the_class_that_was_asked_for(pipe: Any, classifier: Imag
 
 def test_the_picture_of_the_card_is_what_its_seed_draws(pipe: Any) -> None:
     from varkit.pictures import grid, read_settings
-    from varkit.pipelines.class_to_image import generate
+    from varkit.pipelines.base import generate
 
     path = FOLDER / "card" / "samples.png"
     seed = read_settings(path)["seed"]

@@ -86,15 +86,27 @@ def sample(
     classes: Annotated[
         str | None, typer.Option("--class", help="Class ids or names, separated by commas; cycled. Default: all.")
     ] = None,
-    num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw, for a model of texts. Repeatable; cycled.")
+    ] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class or prompt.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images; image i is the same at any --num.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="uncond + w (cond - uncond); 1 is off.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late.")] = None,
+    schedule: Annotated[
+        str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late, ...")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(help="First and last guided step, from 0: 0,99. Default: all.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps, where the model can take several.")] = None,
+    order: Annotated[str | None, typer.Option(help="Of the tokens, where the model can take any: raster, ...")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
     more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
         "grid.png"
     ),
@@ -111,48 +123,60 @@ def sample(
 
     from varkit import pictures
     from varkit.conditioning.label import LabelCondition
-    from varkit.pipelines.class_to_image import generate
+    from varkit.pipelines.base import generate
 
     pipeline = open_pipeline(name, device, dtype)
-    names = classes.split(",") if classes else [str(i) for i in range(pipeline.transformer.num_classes)]
-    ids = pipeline.label_ids(names)
-    LabelCondition(pipeline.transformer.num_classes).encode(class_labels=ids)
+    of_text = pipeline.transformer.condition == "text"
+    if of_text and (not prompt or classes):
+        raise ValueError(f"{name} draws from texts: give --prompt, and no --class")
+    if not of_text and (prompt or negative_prompt):
+        raise ValueError(f"{name} draws from classes: give --class, and no --prompt or --negative-prompt")
+    ids: list[Any] = list(prompt or ())
+    if not of_text:
+        names = classes.split(",") if classes else [str(i) for i in range(pipeline.transformer.num_classes)]
+        ids = pipeline.label_ids(names)
+        LabelCondition(pipeline.transformer.num_classes).encode(class_labels=ids)
     num = num or len(ids)
+    extra = {"negative_prompt": negative_prompt} if negative_prompt else {}
     given = {
         "guidance_scale": guidance,
         "guidance_schedule": schedule,
+        "guidance_interval": numbers(guidance_interval, "--guidance-interval", int) or None,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
         "more_smooth": more_smooth,
+        "num_tokens": tokens,
+        "order": order,
     }
-    settings = pipeline.sampler.settings(**given)
+    settings = pipeline.sampler.settings(**given, num_steps=steps)
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}), {dtype} on {pipeline.device}"
     )
     began = time.perf_counter()
-    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given)
-    record = {"model": name, "seed": seed, "dtype": dtype, **settings, "version": varkit.__version__}
+    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps, **extra)
+    record = {"model": name, "seed": seed, "dtype": dtype, **settings, **extra, "version": varkit.__version__}
+    kind, kinds = ("prompt", "prompts") if of_text else ("class", "classes")
     images, labels, files = [], [], []
     for index, label, image in tqdm(made, total=num, unit="image", disable=not sys.stderr.isatty()):
         if out.suffix == "":  # a folder: written as they come, so a long run loses nothing
             files.append(out / f"{index:06d}.png")
-            pictures.save_png(image, files[-1], {**record, "index": index, "class": label})
+            pictures.save_png(image, files[-1], {**record, "index": index, kind: label})
         else:
             images.append(image)
         labels.append(label)
     if out.suffix:
         files = [out]
     if out.suffix == ".npz":
-        pictures.save_npz(images, labels, out)
+        pictures.save_npz(images, [i % len(ids) for i in range(num)] if of_text else labels, out)
     elif out.suffix == ".png":
         sheet = pictures.grid(images, pictures.columns_for(num, len(ids)), zoom)
-        pictures.save_png(sheet, out, {**record, "num": num, "classes": ids})
+        pictures.save_png(sheet, out, {**record, "num": num, kinds: ids})
     seconds = time.perf_counter() - began
     if as_json:
-        result = {"files": [str(f) for f in files], "classes": labels, "seconds": seconds, "settings": record}
+        result = {"files": [str(f) for f in files], kinds: labels, "seconds": seconds, "settings": record}
         typer.echo(json.dumps(result))
     else:
         what = out if out.suffix else f"{len(files)} images in {out}/"
@@ -511,18 +535,22 @@ def tell_sweep(result: Any, as_json: bool) -> None:
 @app.command()
 @refusing
 def convert(
-    source: Annotated[Path, typer.Argument(help="A released file (.pth), or a folder to convert back.")],
+    source: Annotated[Path, typer.Argument(help="A released file (.pth, .pt), or a folder to convert back.")],
     to: Annotated[Path, typer.Option(help="The folder to write; or, back, a .pth or .safetensors file.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(help="With a VAR file: the tokenizer's file, for a whole pipeline.")
+        Path | None, typer.Option(help="With a generator's file: its tokenizer's, for a whole pipeline.")
     ] = None,
     part: Annotated[str, typer.Option(help="Back, from a pipeline: transformer or image_tokenizer.")] = "transformer",
     dtype: Dtype = "float32",
+    grid: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens a side, where neither keys nor the file's name tell: 24 for 384 px."),
+    ] = None,
 ) -> None:
     """Released files <-> the diffusers folder format."""
     from varkit.checkpoints.convert import convert as run
 
-    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype):
+    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype, grid=grid):
         typer.echo(line)
 
 

@@ -105,18 +105,26 @@ class PreviousToken:
     """To predict a position, what is read is the id before it in the sequence; the first reads id 0, which models of
     this kind replace by their condition.
 
-    Args: shape: (B, L), or (B, L, G) of factorised codes.
+    Args:
+        shape: (B, L), or (B, L, G) of factorised codes.
+        order: (L,) positions in the order of prediction; None is that of the layout.
     """
 
-    def __init__(self, shape: Sequence[int], device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], device: torch.device, order: Tensor | None = None) -> None:
         batch, length, *factors = shape
         self.ids = torch.zeros(batch, length + 1, *factors, dtype=torch.int64, device=device)  # shifted by one
+        self.rank = None if order is None else order.argsort().to(device)  # when each position's turn is
+
+    def turns(self, positions: Tensor) -> Tensor:
+        return positions if self.rank is None else self.rank[positions]
 
     def inputs(self, positions: Tensor) -> Tensor:
-        return self.ids[:, positions]
+        return self.ids[:, self.turns(positions)]
 
     def record(self, tokens: Tensor, positions: Tensor) -> None:
-        self.ids[:, positions + 1] = tokens
+        if tokens.is_floating_point():
+            raise ValueError("more_smooth hands on mixtures of codes, but this model reads ids: leave it off")
+        self.ids[:, self.turns(positions) + 1] = tokens
 
 
 class Tokenizer(ABC):
@@ -133,9 +141,9 @@ class Tokenizer(ABC):
         """Height and width of the images that `layout` codes."""
 
     @property
-    @abstractmethod
     def codebook(self) -> Tensor:
-        """(V, C) float32."""
+        """(V, C) float32. Raises ValueError where tokens are latents."""
+        raise ValueError(f"{type(self).__name__} codes latents: it has no codebook")
 
     @abstractmethod
     def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
@@ -145,9 +153,9 @@ class Tokenizer(ABC):
     def decode(self, tokens: Tensor, rng: Rng | None = None) -> Tensor:
         """Ids (B, L) or vectors (B, L, C) -> images (B, 3, H, W) in [-1, 1]."""
 
-    @abstractmethod
     def vectors(self, ids: Tensor) -> Tensor:
         """(B, n) ids, or (B, n, G) of factorised codes, -> (B, n, C) float32 codebook vectors."""
+        raise ValueError(f"{type(self).__name__} codes latents: it has no ids")
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) -> the generator's teacher-forcing inputs, (B, L, C) or (B, L).
@@ -199,12 +207,30 @@ class Generator(ABC):
     """What `training_loss` takes besides its tensors. Two names mean the same for every generator: `weight`, (B, L) of
     each token's loss; and `hidden_layer`, the block, from 1, whose output (B, n, C) comes back as `hidden`."""
 
+    condition: str = "class"
+    """What it is conditioned on: `class`, ids of which the last, `num_classes`, stands for none; or `text`, a sequence
+    of `config.text_length` features of `config.text_dim` numbers, for which `null(cond)` gives the absence."""
+
     mask_id: int | None = None
     """Of a generator that reads ids: the id that it reads where an input is masked, if it has one."""
+
+    causal: bool = True
+    """Whether what is predicted depends on tokens decided before alone, so that one teacher-forced pass gives all
+    predictions at once. A masked generator's does not: it depends on which positions are still open."""
+
+    sampler: str = "NextGroupSampler"
+    """The class of the sampler that its pipelines get unless another is given."""
 
     @abstractmethod
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         """The groups, in order: (n,) int64 positions each, the same for every image."""
+
+    def in_order(self, name: str) -> list[Tensor]:
+        """As `schedule`, one position a step in the order of that name (`varkit.orders`).
+
+        Raises: ValueError when this generator knows no other order than its own.
+        """
+        raise ValueError(f"{type(self).__name__} predicts its tokens in one order only; order= goes with RAR and alike")
 
     @abstractmethod
     def start(self, cond: Cond, null: Cond | None = None) -> State:

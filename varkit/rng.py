@@ -37,6 +37,12 @@ class Draw(IntEnum):
     PREFIX = 22  # how much of a sequence is shown in training
     HIDDEN = 23  # which tokens are hidden, and how many, in training
     FILL_NOISE = 24  # noise in place of hidden inputs
+    LATENT = 50  # the sample of a posterior over latents
+    NOISE = 51  # where a flow starts, and the noise it is trained with
+    SIGMA = 52  # how much of that noise, in training
+    ORDER = 60  # the order in which tokens are predicted, and whether it is a random one
+    CONFIDENCE = 61  # noise on how sure a drawn token is, in masked sampling
+    MASK = 62  # which tokens are masked, and how many, when a masked generator trains
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -73,6 +73,9 @@ def test_case(path: Path, case_name: str) -> None:
             ADAPTERS[key](case)
         return
     answers = ADAPTERS[key](case)
+    if "expected" in meta:  # answers that are no tensors
+        assert answers == meta["expected"]
+        return
     recorded = case.outputs
     assert recorded, f"{path.name}: case {case_name} records no output"
     assert recorded.keys() <= answers.keys(), f"not answered: {sorted(recorded.keys() - answers.keys())}"

@@ -78,7 +78,7 @@ def load_fixture(path: Path) -> Fixture:
     state = {}
     for key, entry in meta.get("weights", {}).items():
         if entry["fill"]["kind"] == "stored":
-            state[key] = stored[f"state/{key}"]
+            state[key] = stored[f"state/{key}"].reshape(entry["shape"])  # scalars are stored with shape [1]
         else:
             state[key] = fill(key, entry["shape"], entry["fill"], meta["seed"])
     return Fixture(meta, state, {k: v for k, v in stored.items() if not k.startswith("state/")})

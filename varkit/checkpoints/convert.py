@@ -29,7 +29,13 @@ Licence of the weights: {licence}. {parameters:,} parameters. {layout}
 
 
 def convert(
-    source: Path, to: Path, *, tokenizer: Path | None = None, part: str = "transformer", dtype: str = "float32"
+    source: Path,
+    to: Path,
+    *,
+    tokenizer: Path | None = None,
+    part: str = "transformer",
+    dtype: str = "float32",
+    grid: int | None = None,
 ) -> list[str]:
     """Convert and return what to tell the user.
 
@@ -39,6 +45,7 @@ def convert(
         tokenizer: with a generator's file: its tokenizer's, so that a whole pipeline is written.
         part: back, from a pipeline: `transformer` or `image_tokenizer`.
         dtype: of the folder's weights.
+        grid: tokens a side, of a file whose name and keys do not tell it (LlamaGen's; 24 for 384 px).
     Raises: ValueError or FileNotFoundError before anything is written.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -49,14 +56,15 @@ def convert(
         raise ValueError(f"{source} is a file already; --to must be a folder, got {to}")
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty; choose a new folder")
-    model = load_official(source).to(getattr(torch, dtype))
+    model = load_official(source, **({} if grid is None else {"grid": grid})).to(getattr(torch, dtype))
     licence = format_of_model(model).release.licence
     if isinstance(model, Generator) and tokenizer is not None:
         from varkit.pipelines.auto import assemble, load_official_tokenizer
 
         image_tokenizer = load_official_tokenizer(tokenizer, model).to(getattr(torch, dtype))
-        assemble(model, image_tokenizer, dict(format_of_model(model).sampling)).save_pretrained(to)
-        lines = [f"wrote the pipeline {to}: varkit sample {to} --class 207"]
+        assemble(model, image_tokenizer, format_of_model(model).sampling_for(model)).save_pretrained(to)
+        what = '--prompt "a photo of a lighthouse"' if model.condition == "text" else "--class 207"
+        lines = [f"wrote the pipeline {to}: varkit sample {to} {what}"]
     else:
         if tokenizer is not None:
             raise ValueError("--tokenizer goes with a generator's file; this one is a tokenizer itself")

@@ -15,6 +15,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from varkit.checkpoints.formats import StateDict, format_of_model, format_of_state
+from varkit.registry import checkpoint, list_checkpoints
 
 
 def read_state_dict(path: str | Path) -> StateDict:
@@ -36,7 +37,8 @@ def read_state_dict(path: str | Path) -> StateDict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
-    for key in ("model", "module", "state_dict", "trainer"):  # wrappers that training scripts put around the weights
+    # Wrappers that training scripts put around the weights; an average is what a release is judged by.
+    for key in ("ema", "model", "module", "state_dict", "trainer"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
@@ -71,10 +73,20 @@ def load_strictly(model: nn.Module, state: StateDict, what: str) -> None:
 def load_official(path: str | Path, **overrides: Any) -> nn.Module:
     """A released file as the model that it holds, in eval mode; which one, its keys tell.
 
+    What no key tells, such as the size of the images, the card of a file with this name does.
+
     Args: overrides: constructor arguments to use instead of those read from the file (`scales=` for 512 px).
     Raises: ValueError when no release has such keys, or the file does not fit.
     """
-    return build_official(read_state_dict(path), str(path), **overrides)
+    state = read_state_dict(path)
+    kind = format_of_state(state, str(path))
+    arguments = kind.arguments(state)
+    cards = [checkpoint(name) for name in list_checkpoints()]
+    arguments |= next((card.overrides for card in cards if card.filename == Path(path).name), {})
+    for name, value in kind.settings(Path(path)).items():
+        nested = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
+        arguments[name] = {**arguments[name], **value} if nested else value
+    return build_official(state, str(path), **{**arguments, **overrides})
 
 
 def build_official(state: StateDict, what: str, **overrides: Any) -> nn.Module:

@@ -9,12 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
 from torch import Tensor
 
 StateDict = dict[str, Tensor]
+
+
+def _no_settings(path: Path) -> dict[str, Any]:
+    return {}
 
 
 def _unchanged(state: StateDict, model: Any) -> StateDict:
@@ -41,8 +46,12 @@ class OfficialFormat:
         model: the class, as "module:Name"; imported when first needed.
         is_it: whether a state dict is of this kind, from its keys.
         arguments: constructor arguments from keys and shapes alone.
+        settings: further constructor arguments, written in the file or beside it: they win over those of the shapes,
+            a mapping argument entry by entry.
         from_official, to_official: state dict and model -> state dict, in both directions.
-        sampling: settings of `NextGroupSampler` that the release recommends; empty for tokenizers.
+        sampling: settings of the generator's sampler that the release recommends, for all sizes or by model; empty for
+            tokenizers.
+        condition: of generators, what it is conditioned on, where one class serves several.
     """
 
     name: str
@@ -53,11 +62,17 @@ class OfficialFormat:
     release: Release
     from_official: Callable[[StateDict, Any], StateDict] = _unchanged
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
-    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
+    condition: str | None = None
+    settings: Callable[[Path], dict[str, Any]] = _no_settings
 
     def model_class(self) -> Any:
         module, _, name = self.model.partition(":")
         return getattr(import_module(module), name)
+
+    def sampling_for(self, model: Any) -> dict[str, Any]:
+        """What the release recommends for this model."""
+        return dict(self.sampling(model) if callable(self.sampling) else self.sampling)
 
 
 _formats: dict[str, OfficialFormat] = {}
@@ -91,7 +106,8 @@ def format_of_state(state: Mapping[str, Tensor], what: str) -> OfficialFormat:
 def format_of_model(model: Any) -> OfficialFormat:
     """Raises ValueError when no released file has the model's class."""
     for entry in formats():
-        if type(model) is entry.model_class():
+        fits = entry.condition in (None, getattr(model, "condition", None))
+        if type(model) is entry.model_class() and fits:
             return entry
     raise ValueError(
         f"no official file exists for a {type(model).__name__}; official files exist for "

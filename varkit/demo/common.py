@@ -174,7 +174,8 @@ SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
 
 
 def defaults(pipeline: Any) -> dict[str, Any]:
-    return {name: pipeline.sampler.config[name] for name in SETTINGS}
+    """Of the controls; a sampler that knows no smoothing has it off."""
+    return {"more_smooth": False} | {k: v for k, v in pipeline.sampler.settings().items() if k in SETTINGS}
 
 
 def _most_k(pipeline: Any) -> int:
@@ -185,13 +186,14 @@ def _most_k(pipeline: Any) -> int:
 def check_settings(pipeline: Any, values: Sequence[Any]) -> dict[str, Any]:
     """The values of the sampling controls as arguments of a pipeline call. Raises ValueError."""
     guidance, temperature, top_k, top_p, more_smooth = values
-    return {
+    settings = {
         "guidance_scale": number("Guidance", guidance, 0, 100),
         "temperature": number("Temperature", temperature, 0.01, MAX_TEMPERATURE),
         "top_k": whole("Top-k", top_k, 0, _most_k(pipeline)),
         "top_p": number("Top-p", top_p, 0.01, 1),
         "more_smooth": bool(more_smooth),
     }
+    return {k: v for k, v in settings.items() if k in pipeline.sampler.settings()}
 
 
 def setting_updates(pipeline: Any) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,12 @@ ZOO = Path(__file__).resolve().parent.parent / "zoo"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 """Keyword arguments of `AutoPipeline.from_pretrained` that concern the hub alone."""
 
-PIPELINES = {"ClassToImagePipeline": "varkit.pipelines.class_to_image"}
+PIPELINES = {
+    "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "TextToImagePipeline": "varkit.pipelines.text_to_image",
+}
+
+SAMPLERS = {"NextGroupSampler": "varkit.samplers.next_group", "MaskedSampler": "varkit.samplers.masked"}
 
 
 def zoo_models() -> list[str]:
@@ -69,8 +76,6 @@ class AutoPipeline:
         kind = index.get("_class_name")
         if kind not in PIPELINES:
             raise ValueError(f"{folder} holds a {kind}; varkit opens {', '.join(PIPELINES)}")
-        from importlib import import_module
-
         cls = getattr(import_module(PIPELINES[kind]), kind)
         return cls.from_pretrained(str(folder), **kwargs)
 
@@ -78,7 +83,7 @@ class AutoPipeline:
     def from_single_file(transformer: str | Path, image_tokenizer: str | Path, **sampling: Any) -> Any:
         """A pipeline from two released files, such as `var_d16.pth` and `vae_ch160v4096z32.pth`.
 
-        Args: sampling: settings of `NextGroupSampler` to use as defaults.
+        Args: sampling: settings of the generator's sampler to use as defaults.
         """
         from varkit.checkpoints.files import load_official
 
@@ -91,10 +96,13 @@ def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
 
     A convolutional tokenizer's file does not say the size of its images: the generator's layout does.
     """
-    from varkit.checkpoints.files import load_official
+    from varkit.checkpoints.files import build_official, read_state_dict
+    from varkit.checkpoints.formats import format_of_state
 
-    names = [n for n in ("scales", "grid") if n in generator.config]
-    return load_official(path, **{n: generator.config[n] for n in names})
+    state = read_state_dict(path)
+    taken = signature(format_of_state(state, str(path)).model_class().__init__).parameters
+    names = [n for n in ("scales", "grid") if n in generator.config and n in taken]
+    return build_official(state, str(path), **{n: generator.config[n] for n in names})
 
 
 def open_tokenizer(name: str, **overrides: Any) -> Any:
@@ -137,7 +145,7 @@ def _open_part(name: str, part: str, kind: type[Any], overrides: dict[str, Any])
     """One part of a model of any form, and its class names; None when nothing is at `name`."""
     if name in registry.list_checkpoints():
         name = _download(registry.checkpoint(name))
-    elif is_hub_id(name) and not name.endswith((".pth", ".safetensors")):
+    elif is_hub_id(name) and not name.endswith((".pth", ".bin", ".safetensors")):
         name = str(download(name))
     folder, labels = find_folder(name), dict[int, str]()
     if folder is not None:
@@ -173,10 +181,13 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
 
 
 def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
+    """A pipeline of its own kind around a generator, with the sampler that it names; `sampling`: its settings."""
     from varkit.pipelines.class_to_image import ClassToImagePipeline
-    from varkit.samplers.next_group import NextGroupSampler
+    from varkit.pipelines.text_to_image import TextToImagePipeline
 
-    return ClassToImagePipeline(transformer, tokenizer, NextGroupSampler(**sampling))
+    sampler = getattr(import_module(SAMPLERS[transformer.sampler]), transformer.sampler)
+    kind = TextToImagePipeline if transformer.condition == "text" else ClassToImagePipeline
+    return kind(transformer, tokenizer, sampler(**sampling))
 
 
 def _download(card: registry.Checkpoint) -> str:

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from varkit import registry
 from varkit.conditioning.label import LabelCondition
 from varkit.config import nearest
-from varkit.hub import HubMixin
 from varkit.interfaces import Cond
-from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
+from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, make_rng
+from varkit.pipelines.edit import Box
 from varkit.rng import Draw, Rng
-from varkit.samplers.next_group import Known, StepInfo
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+from varkit.samplers.next_group import Known
 
 
-@dataclass
-class ImageOutput(BaseOutput):
-    """`images`: a list of PIL images; (B, H, W, 3) float in [0, 1]; (B, 3, H, W) in [0, 1]; or tokens."""
-
-    images: list[Image.Image] | np.ndarray | Tensor
-    class_labels: list[int]
-    stats: dict[str, Any]
-
-
-class ClassToImagePipeline(HubMixin, DiffusionPipeline):
+class ClassToImagePipeline(ImagePipeline):
     """Class labels -> images.
 
     Args:
@@ -53,14 +37,13 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
     ) -> None:
         super().__init__()
         transformer.layout.require(image_tokenizer.layout, "the transformer", "the image tokenizer")
+        if transformer.condition != "class":
+            raise ValueError(
+                f"the transformer is conditioned on {transformer.condition}, not on classes; AutoPipeline and assemble "
+                f"choose the pipeline that fits"
+            )
         self.register_modules(transformer=transformer, image_tokenizer=image_tokenizer, sampler=sampler)
         self.register_to_config(id2label=id2label)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
-        registry.list_models()
-        return super().from_pretrained(*args, **kwargs)
 
     @property
     def labels(self) -> dict[int, str]:
@@ -96,11 +79,12 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         top_p: float | None = None,
         min_p: float | None = None,
         guidance_schedule: str | None = None,
-        more_smooth: bool | None = None,
+        num_inference_steps: int | None = None,
         known: Known | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None] | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        **sampling: Any,
     ) -> ImageOutput | tuple[Any]:
         """Generate one image for each label (times `num_images_per_prompt`).
 
@@ -109,17 +93,16 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
             guidance_scale: 1 is off; None is this model's default, as for all sampling settings below.
             generator, seed, rng: where randomness comes from, at most one of them; a list of generators
                 gives one an image. The same seed gives an image the same random numbers in any batch.
-            temperature, top_k, top_p, min_p, guidance_schedule, more_smooth: see `NextGroupSampler`.
+            temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
+            num_inference_steps: the sampler's `num_steps`.
+            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
             known: tokens to keep; see `edit`.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",
                 "positions", "num_steps"}) after each step.
         Raises: ValueError on a bad argument, before any work.
         """
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
+        self.check_call(output_type, num_images_per_prompt)
         device = self._execution_device
         labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
         count = (1 if labels is None else len(labels)) * num_images_per_prompt
@@ -133,50 +116,25 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
         else:
             ids = torch.tensor(self.label_ids(labels)).repeat_interleave(num_images_per_prompt)
             cond = condition.encode(class_labels=ids).to(device)
-        bar = self.progress_bar(total=len(self.transformer.schedule()))
-
-        def on_step(info: StepInfo) -> None:
-            bar.update()
-            if callback_on_step_end is not None:
-                callback_on_step_end(
-                    self,
-                    info.step,
-                    int(info.positions[-1]),
-                    {"tokens": info.tokens, "positions": info.positions, "num_steps": info.num_steps},
-                )
-
-        with bar:
-            out = self.sampler.generate(
-                self.image_tokenizer,
-                self.transformer,
-                cond,
-                rng,
-                null=condition.null(cond),
-                known=known,
-                on_step=on_step,
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                min_p=min_p,
-                more_smooth=more_smooth,
-            )
-        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type)
+        images, stats = self.draw(
+            cond,
+            condition.null(cond),
+            rng,
+            known=known,
+            output_type=output_type,
+            callback=callback_on_step_end,
+            guidance_scale=guidance_scale,
+            guidance_schedule=guidance_schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            num_steps=num_inference_steps,
+            **sampling,
+        )
         if not return_dict:
             return (images,)
-        stats = {"steps": out.steps, "network_calls": out.network_calls, "seconds": out.seconds}
         return ImageOutput(images=images, class_labels=cond.labels.tolist(), stats=stats)
-
-    def to_images(self, tokens: Tensor, output_type: str = "pil") -> Any:
-        """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`."""
-        images = self.image_tokenizer.decode(tokens).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "np":
-            return array
-        return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
 
     def edit(
         self,
@@ -201,61 +159,12 @@ class ClassToImagePipeline(HubMixin, DiffusionPipeline):
             settings: any argument of `__call__` but `known`.
         Raises: ValueError on a bad argument, before any work.
         """
-        if (mask is None) == (box is None):
-            raise ValueError("give exactly one of mask= and box=")
-        tokenizer = self.image_tokenizer
-        pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
-        grid = tokenizer.layout.grids[-1]
-        if box is not None:
-            kept = box_mask(grid, box, keep)
-        else:
-            kept = 1 - mask_to_tensor(mask, grid)
-        pyramid = keep_pyramid(tokenizer.layout, kept).to(pixels.device)
-        with torch.no_grad():
-            given = tokenizer.encode(pixels)
+        given, pyramid = self.known_part(image, mask, box, keep)
         if class_labels is None:
-            class_labels = [self.transformer.num_classes] * len(pixels)
+            class_labels = [self.transformer.num_classes] * len(given)
         elif isinstance(class_labels, int | str):
-            class_labels = [class_labels] * len(pixels)
+            class_labels = [class_labels] * len(given)
         per = settings.get("num_images_per_prompt", 1)
-        if len(class_labels) != len(pixels):
-            raise ValueError(f"{len(pixels)} images but {len(class_labels)} class labels; give one each")
+        if len(class_labels) != len(given):
+            raise ValueError(f"{len(given)} images but {len(class_labels)} class labels; give one each")
         return self(class_labels, known=(given.repeat_interleave(per, 0), pyramid), **settings)
-
-
-def make_rng(
-    count: int,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
-    seed: int | None,
-    rng: Rng | None,
-) -> Rng:
-    """The random numbers of `count` images. Raises ValueError when more than one source is given."""
-    if sum(x is not None for x in (generator, seed, rng)) > 1:
-        raise ValueError("give at most one of generator=, seed= and rng=")
-    if rng is not None:
-        if len(rng) != count:
-            raise ValueError(f"rng= holds {len(rng)} images, but {count} are to be made")
-        return rng
-    if seed is not None:
-        return Rng.from_seed(seed, count)
-    if isinstance(generator, torch.Generator):
-        return Rng.from_generator(generator, count)
-    if generator is None:
-        return Rng.from_seed(int(torch.randint(0, 2**62, (1,)).item()), count)
-    if len(generator) != count:
-        raise ValueError(f"{len(generator)} generators for {count} images; give one, or one an image")
-    return Rng(torch.cat([Rng.from_generator(g, 1).seeds for g in generator]))
-
-
-def generate(
-    pipeline: Any, classes: Sequence[int], num: int, seed: int, batch_size: int, **settings: Any
-) -> Iterator[tuple[int, int, Image.Image]]:
-    """Image 0 .. num - 1 of the set that `seed` names: (index, class, image).
-
-    Classes are cycled. An image depends on its index, its class and the settings, not on `batch_size`.
-    """
-    for first in range(0, num, batch_size):
-        indices = range(first, min(first + batch_size, num))
-        labels = [classes[i % len(classes)] for i in indices]
-        out = pipeline(class_labels=labels, rng=Rng.from_seed(seed, len(indices), first), **settings)
-        yield from zip(indices, labels, out.images, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.heads.categorical import Categorical, pick
-from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.interfaces import Cond, Generator, PreviousToken, Running, Tokenizer
+from varkit.orders import check_order
 from varkit.rng import Draw, Rng
-from varkit.samplers.guidance import guidance_schedule
+from varkit.samplers.guidance import guidance_interval, guidance_schedule
 from varkit.samplers.processors import build_processors
 
 
@@ -52,10 +53,15 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
 
     Args:
         guidance_scale: w of uncond + w (cond - uncond); 1 is off.
-        guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine` or `late`.
+        guidance_schedule: `constant`, `linear` (VAR's ramp), `cosine`, `late`, `linear-open` or `power-cosine` (RAR's).
+        guidance_power: of power-cosine: the larger, the later guidance sets in; 0 is constant.
+        guidance_interval: first and last guided step, counted from 0; outside the condition counts alone. None is all.
         temperature, top_k, top_p, min_p: as in transformers (top_k 0, top_p 1, min_p 0 are off).
+        num_tokens: stop after the first so many tokens, for tokenizers that decode them; None is all.
         more_smooth: hand on mixtures of codes instead of codes (VAR's "for visualisation only"): smoother
             pictures, worse statistics.
+        num_steps: None is the generator's own number.
+        order: of the tokens, by its name in `varkit.orders`, for generators that can take any; None is their own.
     """
 
     @register_to_config
@@ -63,11 +69,16 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         self,
         guidance_scale: float = 1.0,
         guidance_schedule: str = "linear",
+        guidance_interval: Sequence[int] | None = None,
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
         more_smooth: bool = False,
+        num_tokens: int | None = None,
+        guidance_power: float = 1.0,
+        num_steps: int | None = None,
+        order: str | None = None,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -76,17 +87,38 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         names = [
             "guidance_scale",
             "guidance_schedule",
+            "guidance_interval",
             "temperature",
             "top_k",
             "top_p",
             "min_p",
             "more_smooth",
+            "num_tokens",
+            "guidance_power",
+            "num_steps",
+            "order",
         ]
         merged = {name: self.config[name] for name in names}
         merged |= {k: v for k, v in changes.items() if v is not None and k in names}
-        guidance_schedule(merged["guidance_schedule"])
+        guidance_schedule(merged["guidance_schedule"], merged["guidance_power"])
+        guidance_interval(merged["guidance_interval"])
         build_processors(**{k: merged[k] for k in ("temperature", "top_k", "top_p", "min_p")})
+        if merged["order"] is not None:
+            check_order(merged["order"])
         return merged
+
+    def groups(self, transformer: Generator, **changes: Any) -> list[Tensor]:
+        """The positions of each step, (n,) each, under these settings. Raises ValueError as the generator does."""
+        settings = self.settings(**changes)
+        if settings["order"] is None:
+            groups = transformer.schedule(settings["num_steps"])
+        else:
+            groups = transformer.in_order(settings["order"])
+        return first_groups(groups, settings["num_tokens"])
+
+    def count_steps(self, transformer: Generator, **changes: Any) -> int:
+        """How many steps `generate` will take."""
+        return len(self.groups(transformer, **changes))
 
     @torch.no_grad()
     def generate(
@@ -112,23 +144,29 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         settings = self.settings(**changes)
         transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
         processors = build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")})
-        schedule, w = guidance_schedule(settings["guidance_schedule"]), float(settings["guidance_scale"])
+        schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
+        w = float(settings["guidance_scale"])
+        first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
-        groups = transformer.schedule()
+        groups = self.groups(transformer, **settings)
         size = transformer.layout.codebook_size
         # One draw for all positions: a number depends on its position, not on when it is asked for.
         every = torch.arange(transformer.layout.length, device=groups[0].device)
         uniform = rng.uniform(every, Draw.TOKEN, count=len(size) if isinstance(size, tuple) else None)  # B L, B L G
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
-        running = tokenizer.running(len(cond))
+        running: Running = tokenizer.running(len(cond))
+        if settings["order"] is not None:
+            factors = (len(size),) if isinstance(size, tuple) else ()
+            running = PreviousToken((len(cond), len(every), *factors), every.device, torch.cat(groups))
         decided: list[Tensor] = []
         for step, positions in enumerate(groups):
             predictive = transformer.predict(state, running.inputs(positions), positions)
             assert isinstance(predictive, Categorical)
             if w != 1:
-                predictive = predictive.guide(schedule(w, step, len(groups) - 1))
+                scale = schedule(w, step, len(groups) - 1) if first <= step <= last else 1.0
+                predictive = predictive.guide(scale)
             filtered = predictive.process(processors)
             predicted = pick(filtered.probs(), uniform[:, positions])
             tokens = predicted
@@ -145,6 +183,24 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
                 on_step(StepInfo(step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits))
         in_layout_order = torch.cat(decided, 1)[:, torch.cat(groups).argsort()]
         return SamplerOutput(in_layout_order, len(groups), len(groups), time.perf_counter() - began)
+
+
+def first_groups(groups: list[Tensor], num_tokens: int | None) -> list[Tensor]:
+    """The groups that decide positions 0 .. num_tokens - 1; None is all of them.
+
+    Raises: ValueError when no number of first groups decides just these.
+    """
+    if num_tokens is None:
+        return groups
+    ends, count, last = [], 0, -1
+    for positions in groups:
+        count, last = count + len(positions), max(last, int(positions.max()))
+        ends.append(count if last + 1 == count else 0)
+    if num_tokens not in ends or num_tokens < 1:
+        possible = [n for n in ends if n]
+        shown = f"1 to {possible[-1]}" if possible == list(range(1, len(ends) + 1)) else ", ".join(map(str, possible))
+        raise ValueError(f"this model can stop after {shown} tokens; got num_tokens={num_tokens}")
+    return groups[: ends.index(num_tokens) + 1]
 
 
 def mixture(logits: Tensor, gumbel: Tensor, progress: float) -> Tensor:

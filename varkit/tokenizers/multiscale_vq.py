@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from varkit.hub import HubMixin
 from varkit.interfaces import Tokenizer
+from varkit.layers.code_usage import CodeUsage
 from varkit.layers.conv_autoencoder import ConvDecoder, ConvEncoder
 from varkit.layout import Grid, TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -90,7 +90,7 @@ class ResidualConvs(nn.Module):
         return (self.qresi_ls[i] if self.shared > 1 else getattr(self, str(i)))(h)
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(CodeUsage):
     """Codes a feature map as a pyramid: each scale quantises what the coarser ones left over.
 
     Args:
@@ -100,8 +100,6 @@ class MultiScaleQuantizer(nn.Module):
             (official `share_quant_resi`).
         residual_conv_count: with `residual_convs` 0, how many; 0 means one a scale.
     """
-
-    ema_vocab_hit_SV: Tensor  # K V: moving average of how often each scale uses each code
 
     def __init__(
         self,
@@ -115,7 +113,7 @@ class MultiScaleQuantizer(nn.Module):
         residual_convs: int = 4,
         residual_conv_count: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(len(tuple(grids)), codebook_size)
         self.grids = tuple(grids)
         self.commitment_weight = commitment_weight
         self.normalize_codes = normalize_codes
@@ -124,19 +122,6 @@ class MultiScaleQuantizer(nn.Module):
         self.quant_resi = ResidualConvs(
             dim, abs(residual_ratio), residual_convs, residual_conv_count or len(self.grids)
         )
-        self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.grids), codebook_size))
-        self.records = 0
-        self.defer_usage = False  # True: forward only adds up; `commit_usage` closes the step
-        self.pending: Tensor | None = None  # K V
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the module, but stay float32: sums over scales and nearest codes need it."""
-
-        def keep_dtype(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep_dtype, recurse)
 
     @property
     def codebook(self) -> Tensor:
@@ -240,27 +225,6 @@ class MultiScaleQuantizer(nn.Module):
                 for f_hat, grid in zip(self.sums(ids[:, :before], grids), grids[1:], strict=True)
             ]
         return torch.cat(inputs, 1)
-
-    @torch.no_grad()
-    def record_usage(self, ids: Sequence[Tensor]) -> None:
-        """Moving average of how often each code is used at each scale, over all processes."""
-        size = self.embedding.num_embeddings
-        hits = torch.stack([torch.bincount(i.flatten(), minlength=size) for i in ids]).float()
-        self.pending = hits if self.pending is None else self.pending + hits
-        if not self.defer_usage:
-            self.commit_usage()
-
-    @torch.no_grad()
-    def commit_usage(self) -> None:
-        """Take what was counted since the last time, over all processes, into the moving average."""
-        hits, self.pending = self.pending, None
-        if hits is None:
-            return
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(hits)
-        decay = 0.0 if self.records == 0 else 0.9 if self.records < 100 else 0.99
-        self.ema_vocab_hit_SV.lerp_(hits, 1 - decay)
-        self.records += 1
 
 
 class RunningSum:

@@ -16,7 +16,7 @@ from varkit.metrics.report import Report
 from varkit.model_card import markdown_table, plain_table, read_metrics, run_facts, score_table
 from varkit.pictures import grid, save_png, to_pil
 from varkit.pipelines.auto import AutoPipeline
-from varkit.pipelines.class_to_image import generate
+from varkit.pipelines.base import generate
 
 
 def draw_curves(runs: dict[str, Path], keys: Sequence[tuple[str, str]], path: Path) -> None:

@@ -173,7 +173,7 @@ class Training(Objective):
         loss = nll + c.quantizer_weight * quantized.loss
         if "discriminator" in self.phases(step):
             assert self.discriminator is not None
-            losses["adversarial"] = generator_loss(self.discriminator(reconstruction))
+            losses["adversarial"] = generator_loss(self.discriminator(reconstruction), c.adversarial_loss)
             weight = torch.ones((), device=images.device)
             if c.adaptive and torch.is_grad_enabled():
                 last = self.tokenizer.decoder.conv_out.weight

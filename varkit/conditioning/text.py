@@ -1,0 +1,184 @@
+"""Text as a condition: features of a frozen text encoder, padded on the left.
+
+Source: FoundationVision/LlamaGen: language/t5.py, autoregressive/sample/sample_t2i.py (ce98ec4).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varkit.conditioning.captions import clean_caption
+from varkit.interfaces import Cond, Condition
+
+logger = logging.getLogger(__name__)
+
+T5 = "google/flan-t5-xl"
+
+
+def left_padded(sequence: Tensor, mask: Tensor) -> Cond:
+    """Right-padded features (B, T, E) and mask (B, T), 1 where real -> real ones last, zeros before."""
+    count = mask.shape[1]
+    real = mask.bool().sum(1, keepdim=True)  # B 1
+    index = (torch.arange(count, device=mask.device) + real) % count  # B T: rotated by the number of pads
+    rolled = sequence.gather(1, index[..., None].expand_as(sequence))
+    visible = mask.gather(1, index)
+    return Cond(sequence=rolled * visible[..., None].to(sequence), mask=visible.bool())
+
+
+class TextCondition(Condition):
+    """Prompts, or features made of them before, as a condition.
+
+    Args:
+        encoder: a transformers encoder (such as a T5EncoderModel), or the name or folder of one, opened when first
+            needed.   tokenizer: its tokenizer; opened with the encoder when that is a name.
+        max_length: T, tokens a caption; shorter ones are padded on the left, longer ones cut with a warning.
+        clean: take links, mark-up and codes out first (`clean_caption`).
+        strict: refuse captions that are too long.
+        null_features: (T, E) of no text, for `null`.
+    """
+
+    def __init__(
+        self,
+        encoder: Any = T5,
+        tokenizer: Any = None,
+        *,
+        max_length: int = 120,
+        clean: bool = True,
+        strict: bool = False,
+        null_features: Tensor | None = None,
+    ) -> None:
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.max_length, self.clean, self.strict, self.null_features = max_length, clean, strict, null_features
+
+    def open(self) -> None:
+        """Load encoder and tokenizer where they are names. Raises ImportError or ValueError saying what to do."""
+        if not isinstance(self.encoder, str | Path):
+            return
+        try:
+            from transformers import AutoTokenizer, T5EncoderModel
+        except ImportError:
+            raise ImportError("prompts need the package transformers: pip install 'varkit[text]'") from None
+        name = str(self.encoder)
+        try:
+            self.tokenizer = self.tokenizer or AutoTokenizer.from_pretrained(name)
+            self.encoder = T5EncoderModel.from_pretrained(name).eval()
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"the text encoder {name!r} cannot be opened: {first}. Give the folder of a transformers T5 encoder, "
+                f"or features made of the prompts before (features=)"
+            ) from None
+
+    def encode(  # type: ignore[override]
+        self,
+        *,
+        prompt: str | Sequence[str] | None = None,
+        features: Tensor | str | Path | Sequence[str | Path] | None = None,
+        mask: Tensor | None = None,
+        **_: Any,
+    ) -> Cond:
+        """Prompts, or features, -> features (B, T, E) padded on the left, and where they are real.
+
+        Args:
+            prompt: one text or several. An empty one is an error: no condition at all is `null`.
+            features: instead of prompts: (B, T, E) padded on the right, with `mask` (B, T); or one file a caption,
+                .npy or .safetensors, holding (n, E) or (1, n, E) of its n tokens.
+        Raises: ValueError on an empty or (strict) too long prompt, or other shapes; FileNotFoundError.
+        """
+        if (prompt is None) == (features is None):
+            raise ValueError("give exactly one of prompt= and features=")
+        if features is not None:
+            return self._from_features(features, mask)
+        texts = self.cleaned([prompt] if isinstance(prompt, str) else list(prompt or ()))
+        self.open()
+        if self.tokenizer is None:
+            raise ValueError("a text encoder needs its tokenizer: give tokenizer=")
+        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
+        for text, length in zip(texts, lengths, strict=True):
+            if length > self.max_length:
+                told = f"the prompt {text[:40]!r}... has {length} tokens; {self.max_length} are read"
+                if self.strict:
+                    raise ValueError(f"{told}. Shorten it")
+                logger.warning("%s: the rest is left out", told)
+        batch = self.tokenizer(
+            texts, max_length=self.max_length, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        device = next(self.encoder.parameters()).device
+        ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        with torch.no_grad():
+            return left_padded(self.encoder(input_ids=ids, attention_mask=real).last_hidden_state, real)
+
+    def cleaned(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts as they are encoded. Raises ValueError naming the first of which nothing is left."""
+        if not prompts:
+            raise ValueError("prompt is empty: give at least one text")
+        texts = []
+        for i, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {i} must be a text; got {type(prompt).__name__}")
+            text = clean_caption(prompt) if self.clean else prompt.strip()
+            if not text:
+                why = f"nothing is left of {prompt!r} when it is cleaned" if prompt.strip() else "it is empty"
+                raise ValueError(f"prompt {i}: {why}. Write what to draw; without any condition, leave prompt out")
+            texts.append(text)
+        return texts
+
+    def _from_features(self, features: Any, mask: Tensor | None) -> Cond:
+        if isinstance(features, Tensor):
+            if features.dim() != 3 or mask is None or mask.shape != features.shape[:2]:
+                raise ValueError(
+                    f"features must be (B, T, E) with mask= (B, T), 1 where real; got {tuple(features.shape)} and "
+                    f"{None if mask is None else tuple(mask.shape)}"
+                )
+            rows = [f[m.bool()] for f, m in zip(features, mask, strict=True)]
+        else:
+            rows = [_read(Path(p)) for p in ([features] if isinstance(features, str | Path) else features)]
+        if not rows or any(len(row) == 0 for row in rows) or len({row.shape[-1] for row in rows}) > 1:
+            raise ValueError("features must hold at least one token each, all of one width")
+        padded = rows[0].new_zeros(len(rows), self.max_length, rows[0].shape[-1])
+        real = torch.zeros(padded.shape[:2], dtype=torch.int64, device=padded.device)
+        for i, row in enumerate(rows):
+            if len(row) > self.max_length:
+                told = f"caption {i} has features of {len(row)} tokens; {self.max_length} are read"
+                if self.strict:
+                    raise ValueError(f"{told}. Cut them")
+                logger.warning("%s: the rest is left out", told)
+            padded[i, : len(row)] = row[: self.max_length]
+            real[i, : len(row)] = 1
+        return left_padded(padded, real)
+
+    def null(self, like: Cond) -> Cond:
+        """The features of no text, under the mask of `like`, as released."""
+        if self.null_features is None:
+            raise ValueError("the features of no text are the generator's: give null_features=")
+        sequence, mask = like.text
+        return Cond(sequence=self.null_features.to(sequence).expand_as(sequence), mask=mask)
+
+
+def _read(path: Path) -> Tensor:
+    """(n, E) float32 features of a caption."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file of text features: {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors = load_file(path)
+        if len(tensors) != 1:
+            raise ValueError(f"{path} must hold one tensor of features; it holds {sorted(tensors)}")
+        (features,) = tensors.values()
+    elif path.suffix == ".npy":
+        features = torch.from_numpy(np.load(path, allow_pickle=False))
+    else:
+        raise ValueError(f"text features are .npy or .safetensors files; got {path}")
+    if features.dim() == 3 and len(features) == 1:
+        features = features[0]
+    if features.dim() != 2 or not features.is_floating_point():
+        raise ValueError(f"{path} must hold floats (n, E) or (1, n, E); got {features.dtype} {tuple(features.shape)}")
+    return features.float()

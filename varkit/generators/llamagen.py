@@ -1,0 +1,618 @@
+"""LlamaGen: a Llama that predicts image tokens in raster order (Sun et al., arXiv 2406.06525).
+
+Source: FoundationVision/LlamaGen: autoregressive/models/gpt.py (ce98ec4). Parameter names are those of the released
+files. What differs: the cache is sized once and passed in, and holds the grouped heads that there are; a prefix is
+never cut or padded here (`TextCondition` does that); any grid, square or not.
+
+The sequence is a prefix (one class token, or T caption tokens), then the image tokens; position p of the layout is
+predicted by the token before it, the first by the end of the prefix. **The rotary table is zero for the prefix** (both
+sine and cosine), as the weights were trained: queries and keys of the prefix vanish, so every image token gives each
+prefix token the same logit 0, and a caption acts through its values alone.
+
+Shapes: B batch, L image tokens, T prefix tokens, S = T + L - 1, C width, H heads, G key-value heads, D head width, V
+codebook, R rows of the cache (B, or 2 B under guidance).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from varkit.generators.var import DropPath
+from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
+from varkit.hub import HubMixin
+from varkit.interfaces import Cond, Generator, Losses, State
+from varkit.layers.cache import KVCache
+from varkit.layout import Grid, TokenLayout, square_grids
+from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
+from varkit.rng import Draw, Rng
+from varkit.tokenizers.vqgan import TINY as TINY_TOKENIZER
+
+
+class Rotary(nn.Module):
+    """Rotates queries and keys by their place in the grid: half of each head by the row, half by the column.
+
+    Adjacent numbers are a pair. The first `prefix` positions have cosine and sine 0, so they become zero vectors.
+    """
+
+    cos: Tensor  # T+L 1 D/2 1
+    sin: Tensor  # T+L 1 D/2 2, the first of a pair negated
+
+    def __init__(self, grid: Grid, head_dim: int, base: float = 10000.0, prefix: int = 1) -> None:
+        super().__init__()
+        height, width = grid
+        half = head_dim // 2
+        frequencies = 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+        rows = torch.arange(height).repeat_interleave(width)
+        columns = torch.arange(width).repeat(height)
+        angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)  # L D/2
+        table = F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
+        self.register_buffer("cos", table[:, None, :, :1].clone(), persistent=False)
+        sin = table[:, None, :, 1:] * torch.tensor([-1.0, 1.0])
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the module, but stay float32."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    @property
+    def table(self) -> Tensor:
+        """(T + L, D / 2, 2): cosine and sine."""
+        return torch.cat([self.cos, self.sin[..., 1:]], -1)[:, 0]
+
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """(B, n, heads, D) of sequence positions `start` onward; float32 inside."""
+        pairs = x.float().unflatten(-1, (-1, 2))
+        end = start + x.shape[1]
+        turned = torch.addcmul(pairs * self.cos[start:end], pairs.flip(-1), self.sin[start:end])
+        return turned.flatten(-2).type_as(x)
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square in float32, then multiplies by a learned weight."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head attention without biases; G < H key-value heads serve H / G queries each."""
+
+    def __init__(self, dim: int, num_heads: int, kv_heads: int, dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.kv_heads, self.attention_dropout = num_heads, kv_heads, attention_dropout
+        head_dim = dim // num_heads
+        self.wqkv = nn.Linear(dim, (num_heads + 2 * kv_heads) * head_dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None, layer: int, start: int
+    ) -> Tensor:
+        """mask: bool, True is seen; None is causal where there are several queries, everything where there is one."""
+        heads = self.num_heads + self.kv_heads
+        qkv = self.wqkv(x).unflatten(-1, (heads + self.kv_heads, -1))  # B n H+2G D
+        qk, v = rotary(qkv[:, :, :heads], start).transpose(1, 2), qkv[:, :, heads:].transpose(1, 2)  # B . n D
+        q, k = qk[:, : self.num_heads], qk[:, self.num_heads :]
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            is_causal=mask is None and x.shape[1] > 1,
+            enable_gqa=self.kv_heads < self.num_heads,
+        )
+        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Block(nn.Module):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kv_heads: int,
+        hidden: int,
+        *,
+        norm_eps: float,
+        dropout: float,
+        attention_dropout: float,
+        ffn_dropout: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.attention = Attention(dim, num_heads, kv_heads, dropout, attention_dropout)
+        self.feed_forward = FeedForward(dim, hidden, ffn_dropout)
+        self.attention_norm = RMSNorm(dim, norm_eps)
+        self.ffn_norm = RMSNorm(dim, norm_eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        start: int = 0,
+    ) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, mask, cache, layer, start))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+
+
+class ClassPrefix(nn.Module):
+    """One token a class; the last row stands for no class."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, dim)
+
+    def forward(self, cond: Cond) -> Tensor:
+        return self.embedding_table(cond.labels)[:, None]  # B 1 C
+
+    def null(self, cond: Cond) -> Cond:
+        return Cond(torch.full_like(cond.labels, self.embedding_table.num_embeddings - 1))
+
+
+class CaptionPrefix(nn.Module):
+    """Text features through a two-layer network. Features of no text are drawn once and never trained."""
+
+    uncond_embedding: Tensor  # T E
+
+    def __init__(self, length: int, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("uncond_embedding", torch.randn(length, text_dim) / math.sqrt(text_dim))
+        self.cap_proj: Any = nn.Module()
+        self.cap_proj.fc1 = nn.Linear(text_dim, dim, bias=False)
+        self.cap_proj.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, cond: Cond) -> Tensor:
+        sequence, mask = cond.text
+        expected = tuple(self.uncond_embedding.shape)
+        if tuple(sequence.shape[1:]) != expected or mask.shape != sequence.shape[:2]:
+            raise ValueError(
+                f"text features must be (B, {expected[0]}, {expected[1]}) with a mask (B, {expected[0]}); got "
+                f"{tuple(sequence.shape)} and {tuple(mask.shape)}. TextCondition makes them so"
+            )
+        hidden = self.cap_proj.fc1(sequence.to(self.cap_proj.fc1.weight.dtype))
+        return self.cap_proj.fc2(F.gelu(hidden, approximate="tanh"))  # B T C
+
+    def null(self, cond: Cond) -> Cond:
+        """As released, the mask stays that of the caption."""
+        sequence, mask = cond.text
+        return Cond(sequence=self.uncond_embedding.to(sequence).expand_as(sequence), mask=mask)
+
+
+class LlamaGenState(State):
+    """The cache, the prefix, and which positions of the whole sequence may be seen."""
+
+    def __init__(self, cache: KVCache, prefix: Tensor, visible: Tensor | None, guided: bool) -> None:
+        self.cache, self.prefix, self.visible, self.guided = cache, prefix, visible, guided
+        self.length = 0
+
+    def rewind(self, count: int) -> None:
+        """Going back to the start forgets the prefix too: the next `predict` reads it again."""
+        if not 0 <= count <= self.length:
+            raise ValueError(f"cannot rewind {count} of {self.length} positions")
+        self.length -= count
+        if self.length:
+            self.cache.rewind(count)
+        else:
+            self.cache.reset()
+
+    def reset(self) -> None:
+        self.rewind(self.length)
+
+
+def feed_forward_size(dim: int, multiple: int = 256, multiplier: float | None = None) -> int:
+    """The release's rule: two thirds of four times the width, times `multiplier`, up to the next multiple."""
+    hidden = int(2 * 4 * dim / 3)
+    return math.ceil((hidden if multiplier is None else int(multiplier * hidden)) / multiple) * multiple
+
+
+class LlamaGen(HubMixin, ModelMixin, ConfigMixin, Generator):
+    """The next-token transformer, conditioned on a class or on a text. The defaults are the released GPT-B at 256 px.
+
+    Args:
+        num_classes: not counting the null class; None for a model conditioned on text.
+        text_length, text_dim: of the caption's features, for a model conditioned on text.
+        depth, hidden_size, num_heads: of the transformer.   kv_heads: None is num_heads.
+        ffn_size: None is `feed_forward_size(hidden_size)`.
+        token_dropout, dropout, ffn_dropout, attention_dropout: of the sequence, of attention's output, of the
+            feed-forward network, and of attention weights.   drop_path_rate: of the last block; it rises linearly.
+        cond_drop_rate: how often a condition becomes the null one in training.
+        grid: image tokens a side, or (height, width). No weight depends on it.
+        codebook_size, latent_dim: of the tokenizer.
+    Raises: ValueError where heads do not divide evenly, naming both sides.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("Block",)
+    training_options = frozenset({"label_smoothing", "weight", "hidden_layer", "z_weight", "valid"})
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int | None = 1000,
+        text_length: int = 120,
+        text_dim: int = 2048,
+        depth: int = 12,
+        hidden_size: int = 768,
+        num_heads: int = 12,
+        kv_heads: int | None = None,
+        ffn_size: int | None = None,
+        token_dropout: float = 0.1,
+        dropout: float = 0.1,
+        ffn_dropout: float = 0.1,
+        attention_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_eps: float = 1e-5,
+        rope_base: float = 10000.0,
+        cond_drop_rate: float = 0.1,
+        grid: int | Sequence[int] = 16,
+        codebook_size: int = 16384,
+        latent_dim: int = 8,
+    ) -> None:
+        super().__init__()
+        kv_heads = kv_heads or num_heads
+        if hidden_size % num_heads or (hidden_size // num_heads) % 4 or num_heads % kv_heads:
+            raise ValueError(
+                f"hidden_size {hidden_size} must be a multiple of 4 * num_heads ({num_heads}), and num_heads one of "
+                f"kv_heads {kv_heads}"
+            )
+        self.layout = TokenLayout(square_grids([grid]), codebook_size, latent_dim)
+        self.condition = "text" if num_classes is None else "class"
+        self.num_classes = num_classes or 0
+        self.prefix_length = text_length if num_classes is None else 1
+        self.gradient_checkpointing = False
+
+        self.cls_embedding: Any = (
+            CaptionPrefix(text_length, text_dim, hidden_size)
+            if num_classes is None
+            else ClassPrefix(num_classes, hidden_size)
+        )
+        self.tok_embeddings = nn.Embedding(codebook_size, hidden_size)
+        self.tok_dropout = nn.Dropout(token_dropout)
+        self.rotary = Rotary(self.layout.grids[0], hidden_size // num_heads, rope_base, self.prefix_length)
+        self.layers: Any = nn.ModuleList(
+            Block(
+                hidden_size,
+                num_heads,
+                kv_heads,
+                ffn_size or feed_forward_size(hidden_size),
+                norm_eps=norm_eps,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                ffn_dropout=ffn_dropout,
+                drop_path=drop_path_rate * i / max(depth - 1, 1),
+            )
+            for i in range(depth)
+        )
+        self.norm = RMSNorm(hidden_size, norm_eps)
+        self.output = nn.Linear(hidden_size, codebook_size, bias=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, std: float = 0.02) -> None:
+        """Linear and Embedding weights normal with `std`; `output` zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=std)
+        nn.init.zeros_(self.output.weight)
+
+    @property
+    def blocks(self) -> Any:
+        return self.layers
+
+    # ---- the network --------------------------------------------------------------------------------------
+
+    def prefix(self, cond: Cond) -> Tensor:
+        """What stands before the image tokens: (B, T, C)."""
+        return self.cls_embedding(cond)
+
+    def null(self, cond: Cond) -> Cond:
+        """The condition that stands for none, for a batch shaped as `cond`. A text's mask is kept, as released."""
+        return self.cls_embedding.null(cond)
+
+    def replace_by_null(self, cond: Cond, rows: Tensor) -> Cond:
+        """`cond` with no condition in some rows, (B,) bool."""
+        null, rows = self.null(cond), rows.to(next(self.parameters()).device)
+        if cond.vector is not None:
+            return Cond(torch.where(rows, null.labels, cond.labels))
+        sequence, mask = cond.text
+        return Cond(sequence=torch.where(rows[:, None, None], null.text[0], sequence), mask=mask)
+
+    def drop_condition(self, cond: Cond, rng: Rng) -> Cond:
+        """`cond` with no condition in each row whose number is below cond_drop_rate."""
+        u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
+        return self.replace_by_null(cond, u < self.config.cond_drop_rate)
+
+    def visible(self, cond: Cond) -> Tensor | None:
+        """Which positions of the whole sequence may be seen, (B, S) bool; None: all."""
+        if cond.mask is None:
+            return None
+        return F.pad(cond.mask.bool(), (0, self.layout.length - 1), value=True)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(B, n, C) -> (B, n, V) float32."""
+        return self.output(self.norm(x)).float()
+
+    def forward(
+        self, inputs: Tensor, condition: Tensor, mask: Tensor | None = None, hidden_layer: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Teacher-forced logits of the first n positions.
+
+        Args:
+            inputs: (B, n) ids, each the token before; the first is not read.
+            condition: (B,) class ids, of which `num_classes` is the null class; or text features (B, T, E).
+            mask: with text features, where they are real, (B, T) bool; they stand at the end (left padding).
+            hidden_layer: return also what this block gives at the n positions, counted from 1: (B, n, C).
+        Returns: (B, n, V) float32, or a pair.
+        """
+        cond = Cond(condition) if mask is None else Cond(sequence=condition, mask=mask)
+        return self._run(inputs, cond, hidden_layer)
+
+    def _run(self, inputs: Tensor, cond: Cond, hidden_layer: int | None) -> Any:
+        x = self.tok_dropout(torch.cat([self.prefix(cond), self.tok_embeddings(inputs[:, 1:])], 1))
+        visible = self.visible(cond)
+        seen = None if visible is None else causal(visible[:, : x.shape[1]])
+        hidden = x
+        for i, block in enumerate(self.layers, 1):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, self.rotary, seen)
+            else:
+                x = block(x, self.rotary, seen)
+            hidden = x if i == hidden_layer else hidden
+        logits = self.logits(x[:, self.prefix_length - 1 :])
+        return logits if hidden_layer is None else (logits, hidden[:, self.prefix_length - 1 :])
+
+    def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
+        """What is predicted everywhere at once, given true inputs: one pass. No condition is dropped."""
+        return Categorical(self._run(inputs, cond, None))
+
+    # ---- sampling -----------------------------------------------------------------------------------------
+
+    def schedule(self, num_steps: int | None = None) -> list[Tensor]:
+        """One position a step, in raster order. Raises ValueError when asked for another number of steps."""
+        if num_steps not in (None, self.layout.length):
+            raise ValueError(
+                f"LlamaGen decides one token a step, {self.layout.length} in all; got num_steps={num_steps}"
+            )
+        return list(torch.arange(self.layout.length, device=self.rotary.cos.device).split(1))
+
+    def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
+        both = cond.beside(null)
+        prefix = self.prefix(both)  # R T C
+        cache = KVCache(
+            layers=len(self.layers),
+            rows=len(prefix),
+            heads=self.config.kv_heads or self.config.num_heads,
+            length=self.prefix_length + self.layout.length - 1,
+            head_dim=self.config.hidden_size // self.config.num_heads,
+            dtype=prefix.dtype,
+            device=prefix.device,
+        )
+        visible = self.visible(both)
+        return LlamaGenState(cache, prefix, None if visible is None else visible.to(prefix.device), null is not None)
+
+    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
+        """The next positions; several are predicted as if each input were right."""
+        assert isinstance(state, LlamaGenState)
+        if state.guided:
+            inputs = torch.cat([inputs, inputs])
+        first = state.cache.length
+        if state.length == 0:
+            x = torch.cat([state.prefix, self.tok_embeddings(inputs[:, 1:])], 1)
+        else:
+            x = self.tok_embeddings(inputs)
+        count, end = inputs.shape[1], first + x.shape[1]
+        mask = None
+        if state.visible is not None:
+            mask = state.visible[:, None, None, :end]
+        if x.shape[1] > 1 and (state.visible is not None or first > 0):
+            every = x.new_ones(1, end, dtype=torch.bool)
+            mask = causal(every if state.visible is None else state.visible[:, :end])[:, :, first:]
+        for i, block in enumerate(self.layers):
+            x = block(x, self.rotary, mask, state.cache, i, first)
+        logits = self.logits(x[:, -count:])
+        return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+
+    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
+        """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""
+        assert isinstance(state, LlamaGenState)
+        count = positions.shape[-1]
+        state.cache.advance(count + (self.prefix_length - 1 if state.length == 0 else 0))
+        state.length += count
+
+    # ---- training -----------------------------------------------------------------------------------------
+
+    def training_loss(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        inputs: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        hidden_layer: int | None = None,
+        z_weight: float = 0.0,
+        valid: Tensor | None = None,
+    ) -> Losses:
+        """Cross entropy, mean over tokens. In training conditions are dropped.
+
+        Args:
+            tokens, inputs: (B, L) both.   cond: class ids, or text features and their mask.
+            label_smoothing: in [0, 1).
+            weight: (B, L) to use instead of 1 / L.   hidden_layer: see `Generator.training_options`.
+            z_weight: of the mean squared logarithm of the softmax's denominator, which keeps logits small.
+            valid: (B,), 0 for images that do not count (unreadable ones, say); the mean is over the others.
+        Returns: loss; accuracy.
+        """
+        if self.training and self.config.cond_drop_rate > 0:
+            cond = self.drop_condition(cond, rng)
+        out = self._run(inputs, cond, hidden_layer)
+        logits, hidden = (out, None) if hidden_layer is None else out
+        if weight is None:
+            weight = torch.full_like(logits[..., 0], 1 / self.layout.length)
+        if valid is not None:
+            counted = valid.to(weight)
+            weight = weight * (counted * len(counted) / counted.sum().clamp_min(1))[:, None]
+        loss = weighted_cross_entropy(logits, tokens, weight, label_smoothing)
+        log: Losses = {"accuracy": (logits.detach().argmax(-1) == tokens).float().mean()}
+        if z_weight:
+            log["z"] = z_loss(logits)
+            loss = loss + z_weight * log["z"]
+        if hidden is not None:
+            log["hidden"] = hidden
+        return {"loss": loss, **log}
+
+
+def causal(visible: Tensor) -> Tensor:
+    """(B, n) bool -> (B, 1, n, n) bool: what is visible and not later; each sees itself, visible or not."""
+    n = visible.shape[1]
+    lower = torch.ones(n, n, dtype=torch.bool, device=visible.device).tril()
+    itself = torch.eye(n, dtype=torch.bool, device=visible.device)
+    return (lower & visible[:, None, None, :]) | itself
+
+
+def _builder(**preset: Any) -> Callable[..., LlamaGen]:
+    return lambda **overrides: cast(LlamaGen, LlamaGen(**{**preset, **overrides}))
+
+
+SIZES: dict[str, tuple[int, int, int, str]] = {
+    "b": (12, 768, 12, "111 M"),
+    "l": (24, 1024, 16, "343 M"),
+    "xl": (36, 1280, 20, "775 M"),
+    "xxl": (48, 1536, 24, "1.41 B"),
+    "xxxl": (48, 2560, 40, "3.9 B"),
+    "1b": (22, 2048, 32, "1.2 B"),
+    "3b": (24, 3200, 32, "3.10 B"),
+    "7b": (32, 4096, 32, "6.6 B"),
+}
+"""Depth, width and heads of the released classes (GPT-B to GPT-7B), and how many parameters."""
+
+_TINY: dict[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "grid": TINY_TOKENIZER["grid"],
+    "codebook_size": TINY_TOKENIZER["codebook_size"],
+    "latent_dim": TINY_TOKENIZER["latent_dim"],
+}
+_TINY_CLASS = {**_TINY, "num_classes": 3}
+_TINY_TEXT = {**_TINY, "text_length": 5, "text_dim": 12}
+_PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
+    **{
+        f"llamagen_{name}": (
+            {"depth": depth, "hidden_size": width, "num_heads": heads},
+            "vq_ds16",
+            f"LlamaGen-{name.upper()}: ImageNet 256x256, {size} parameters",
+        )
+        for name, (depth, width, heads, size) in SIZES.items()
+    },
+    "llamagen_t2i_xl": (
+        {"num_classes": None, "depth": 36, "hidden_size": 1280, "num_heads": 20},
+        "vq_ds16",
+        "LlamaGen-XL from text: 256x256, flan-t5-xl features, 778 M parameters",
+    ),
+    "llamagen_small_64": (
+        {"num_classes": 10, "depth": 8, "hidden_size": 384, "num_heads": 6, "grid": 8, "codebook_size": 1024},
+        "vq_f8_64",
+        "a small one for folders of 64x64 images, 15 M parameters",
+    ),
+    "llamagen_fashion": (
+        {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8, "codebook_size": 512},
+        "vq_fashion",
+        "Fashion-MNIST at 32x32, 2.9 M parameters",
+    ),
+}
+for _name, (_preset, _tokenizer, _summary) in _PRESETS.items():
+    register_model(
+        ModelEntry(
+            _name,
+            "generator",
+            _builder(**_preset),
+            _summary,
+            tokenizer=_tokenizer,
+            tiny=_TINY_TEXT if _preset.get("num_classes", 0) is None else _TINY_CLASS,
+            tiny_tokenizer=TINY_TOKENIZER,
+        )
+    )
+
+CLASS_SAMPLING = {"guidance_scale": 4.0, "guidance_schedule": "constant", "top_k": 2000}
+"""The official demo's; the published FIDs are of other settings."""
+
+TEXT_SAMPLING = {"guidance_scale": 7.5, "guidance_schedule": "constant", "top_k": 1000}
+
+for _size, _pixels, _score in (
+    ("b", 256, "FID 5.46, IS 193.6 (README), ADM evaluator, guidance 2.0, top_k 0"),
+    ("b", 384, "FID 6.09 (README), images resized to 256, ADM evaluator, guidance 2.0, top_k 0"),
+    ("l", 256, "FID 3.80, IS 248.3 (README), ADM evaluator, top_k 0"),
+    ("l", 384, "FID 3.07, IS 256.1 (README), images resized to 256, ADM evaluator, guidance 2.0, top_k 0"),
+    ("xl", 384, "FID 2.62, IS 244.1 (README), images resized to 256, ADM evaluator, guidance 1.75, top_k 0"),
+    ("xxl", 384, "FID 2.34, IS 253.9 (README), images resized to 256, ADM evaluator, guidance 1.75, top_k 0"),
+    ("3b", 384, "FID 2.18, IS 263.3 (README), images resized to 256, ADM evaluator, guidance 1.65, top_k 0"),
+):
+    register_checkpoint(
+        Checkpoint(
+            name=f"llamagen_{_size}.in1k_{_pixels}",
+            repo_id="FoundationVision/LlamaGen",
+            filename=f"c2i_{_size.upper()}_{_pixels}.pt",
+            licence="MIT",
+            paper="arXiv 2406.06525",
+            resolution=_pixels,
+            official_score=_score,
+            tokenizer="vq_ds16.in1k",
+            overrides={"grid": _pixels // 16},
+            sampling=CLASS_SAMPLING,
+        )
+    )
+for _stage, _pixels in ((1, 256), (2, 512)):
+    register_checkpoint(
+        Checkpoint(
+            name=f"llamagen_t2i_xl.stage{_stage}_{_pixels}",
+            repo_id="peizesun/llamagen_t2i",
+            filename=f"t2i_XL_stage{_stage}_{_pixels}.pt",
+            licence="MIT",
+            paper="arXiv 2406.06525",
+            resolution=_pixels,
+            official_score="none published for this file",
+            tokenizer="vq_ds16.t2i",
+            overrides={"grid": _pixels // 16},
+            sampling=TEXT_SAMPLING,
+        )
+    )

@@ -1,0 +1,183 @@
+"""What every pipeline that draws images shares: its output, its randomness, the call of the sampler, editing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from varkit import registry
+from varkit.hub import HubMixin
+from varkit.interfaces import Cond
+from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
+from varkit.rng import Rng
+from varkit.samplers.next_group import Known, StepInfo
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+StepCallback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
+
+
+@dataclass
+class ImageOutput(BaseOutput):
+    """`images`: a list of PIL images; (B, H, W, 3) float in [0, 1]; (B, 3, H, W) in [0, 1]; or tokens.
+
+    `class_labels` of a class pipeline, `prompts` of a text pipeline: one an image; None where there are none.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    class_labels: list[int] | None
+    stats: dict[str, Any]
+    prompts: list[str] | None = None
+
+
+class ImagePipeline(HubMixin, DiffusionPipeline):
+    """Parts `transformer`, `image_tokenizer` and `sampler`, and the call that a condition leads to."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
+        registry.list_models()
+        return super().from_pretrained(*args, **kwargs)
+
+    @staticmethod
+    def check_call(output_type: str, num_images_per_prompt: int) -> None:
+        """Raises ValueError on a bad argument."""
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}; got {output_type!r}")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
+
+    @torch.no_grad()
+    def draw(
+        self,
+        cond: Cond,
+        null: Cond,
+        rng: Rng,
+        *,
+        known: Known | None,
+        output_type: str,
+        callback: StepCallback | None,
+        **settings: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        """One image a row of `cond`, as `output_type` says, and what it took.
+
+        Args: settings: of the sampler; None is its own default.
+        Raises: ValueError on a setting that this sampler does not know.
+        """
+        given = {k: v for k, v in settings.items() if v is not None}
+        if unknown := sorted(given.keys() - self.sampler.settings().keys()):
+            raise ValueError(
+                f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
+                f"{', '.join(self.sampler.settings())}"
+            )
+        bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, **given))
+
+        def on_step(info: StepInfo) -> None:
+            bar.update()
+            if callback is not None:
+                callback(
+                    self,
+                    info.step,
+                    int(info.positions[-1]),
+                    {"tokens": info.tokens, "positions": info.positions, "num_steps": info.num_steps},
+                )
+
+        with bar:
+            out = self.sampler.generate(
+                self.image_tokenizer,
+                self.transformer,
+                cond,
+                rng,
+                null=null,
+                known=known,
+                on_step=on_step,
+                **given,
+            )
+        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)
+        return images, {"steps": out.steps, "network_calls": out.network_calls, "seconds": out.seconds}
+
+    def to_images(self, tokens: Tensor, output_type: str = "pil", rng: Rng | None = None) -> Any:
+        """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`.
+
+        Args: rng: of tokenizers that decode from noise; None is the same noise for each image.
+        """
+        images = self.image_tokenizer.decode(tokens, rng).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return array
+        return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
+
+    def known_part(
+        self,
+        image: Image.Image | Tensor | Sequence[Image.Image],
+        mask: Image.Image | Tensor | None,
+        box: Box | None,
+        keep: str,
+    ) -> Known:
+        """The tokens of images, and which of them an edit keeps; see `edit` of a pipeline.
+
+        Raises: ValueError unless exactly one of mask and box is given.
+        """
+        if (mask is None) == (box is None):
+            raise ValueError("give exactly one of mask= and box=")
+        tokenizer = self.image_tokenizer
+        grid = tokenizer.layout.grids[-1]
+        if len(grid) != 2:
+            raise ValueError(
+                f"the {tokenizer.layout.length} tokens of this model have no places in the image (grid {grid}), so no "
+                f"part of it can be kept; edit with a model whose tokens form a grid (h, w)"
+            )
+        pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
+        kept = box_mask(grid, box, keep) if box is not None else 1 - mask_to_tensor(mask, grid)
+        with torch.no_grad():
+            given = tokenizer.encode(pixels)
+        return given, keep_pyramid(tokenizer.layout, kept).to(pixels.device)
+
+
+def make_rng(
+    count: int,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    seed: int | None,
+    rng: Rng | None,
+) -> Rng:
+    """The random numbers of `count` images. Raises ValueError when more than one source is given."""
+    if sum(x is not None for x in (generator, seed, rng)) > 1:
+        raise ValueError("give at most one of generator=, seed= and rng=")
+    if rng is not None:
+        if len(rng) != count:
+            raise ValueError(f"rng= holds {len(rng)} images, but {count} are to be made")
+        return rng
+    if seed is not None:
+        return Rng.from_seed(seed, count)
+    if isinstance(generator, torch.Generator):
+        return Rng.from_generator(generator, count)
+    if generator is None:
+        return Rng.from_seed(int(torch.randint(0, 2**62, (1,)).item()), count)
+    if len(generator) != count:
+        raise ValueError(f"{len(generator)} generators for {count} images; give one, or one an image")
+    return Rng(torch.cat([Rng.from_generator(g, 1).seeds for g in generator]))
+
+
+def generate(
+    pipeline: Any, conditions: Sequence[Any], num: int, seed: int, batch_size: int, **settings: Any
+) -> Iterator[tuple[int, Any, Image.Image]]:
+    """Image 0 .. num - 1 of the set that `seed` names: (index, its class or prompt, image).
+
+    Conditions (classes or prompts) are cycled. An image depends on its index, its condition and the settings, not on
+    `batch_size`.
+    """
+    for first in range(0, num, batch_size):
+        indices = range(first, min(first + batch_size, num))
+        wanted = [conditions[i % len(conditions)] for i in indices]
+        out = pipeline(wanted, rng=Rng.from_seed(seed, len(indices), first), **settings)
+        yield from zip(indices, wanted, out.images, strict=True)

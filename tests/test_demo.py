@@ -11,6 +11,7 @@ import struct
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
@@ -615,6 +616,28 @@ def test_the_served_page_answers_a_broken_upload_with_a_sentence(
     answer = call(address, "edit", [NAME, send(address, b"no image at all"), *values])
     assert answer.startswith("event: error") and "This file is not an image that can be read" in answer
     assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_the_served_page_takes_no_file_above_its_limit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gradio
+
+    serve, served = gradio.Blocks.launch, []
+
+    def without_waiting(demo: Any, **options: Any) -> None:
+        served.append((demo, serve(demo, **options, prevent_thread_lock=True, quiet=True)[1].rstrip("/")))
+
+    monkeypatch.setattr(gradio.Blocks, "launch", without_waiting)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch(port=port, model=folder, limits=Limits(upload_mb=1))
+    ((demo, address),) = served
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        send(address, bytes(2**20 + 1))
+    said = refused.value.read().decode()
+    assert refused.value.code == 413 and "maximum" in said.lower() and "/" not in said
+    assert send(address, bytes(2**20 - 4096))["path"]
+    demo.close(verbose=False)
 
 
 def test_the_served_page_reads_no_file_that_was_not_uploaded(

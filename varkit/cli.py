@@ -407,8 +407,9 @@ def tokenize(
     views = Views(mode=mode, enlarge=tuple(enlarge or [1.1 if crops == 10 else 1.0]), crops=crops, flip=flip)  # type: ignore[arg-type]
     state = launched(device)
     began = time.perf_counter()
+    tokenizer = open_tokenizer(name).eval().to(state.device)
     result = extract_codes(
-        open_tokenizer(name).eval().to(state.device, getattr(torch, dtype)),
+        tokenizer if dtype == "float32" else tokenizer.to(getattr(torch, dtype)),
         data,
         out,
         name=name,
@@ -433,7 +434,7 @@ def tokenize(
             whose = "" if state.num_processes == 1 else " by this process"
             typer.echo(
                 f"wrote {out}: {result.made} images{whose} in {seconds:.1f} s, {result.there} were there{lost}; "
-                f"{len(views.names)} views each"
+                f"{len(views.names)} view{'s' if len(views.names) > 1 else ''} each"
             )
     state.destroy_process_group()
 

@@ -114,6 +114,7 @@ def _write(path: Path, write: Any, tag: str = "") -> None:
     """Whole or not at all. A shard belongs to one process, whose next run replaces a part that was left behind."""
     part = path.with_name(f".{path.name}{tag}.part")
     write(part)
+    os.chmod(part, 0o644)  # safetensors makes files that only their owner reads
     os.replace(part, path)
 
 

@@ -13,6 +13,7 @@ OBJECTIVES = {
     "kl-vae": "varkit.training.objectives.kl_vae",
     "flextok": "varkit.training.objectives.flextok",
     "next-scale": "varkit.training.objectives.next_scale",
+    "next-token": "varkit.training.objectives.next_token",
     "classifier": "varkit.training.objectives.classifier",
 }
 """Name -> module; each module has `Config` and `Training`."""

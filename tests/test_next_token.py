@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.test_training import lines, recipe
-from varkit import registry
+from varkit import Rng, registry
 from varkit.config import ConfigError
-from varkit.pipelines.auto import AutoPipeline
+from varkit.pipelines.auto import AutoPipeline, open_tokenizer
 from varkit.training.loop import train
 from varkit.training.objectives import build_objective, objective_config
 
@@ -100,3 +100,46 @@ def test_what_does_not_go_together_is_refused(changes: dict[str, Any], message: 
     plan = objective("maskgit_titok_fashion", tmp_path / "tokenizer", model_overrides={}) | changes
     with pytest.raises(ConfigError, match=message):
         build_objective(objective_config(plan), CLASSES)
+
+
+# ---- the tokenizer that they stand on ----------------------------------------------------------------------------
+
+VQ: dict[str, Any] = {
+    "name": "vq",
+    "model": "vq_fashion",
+    "model_overrides": {
+        "codebook_size": 24,
+        "latent_dim": 4,
+        "z_channels": 8,
+        "channel_multipliers": [1, 1],
+        "grid": 4,
+        "track_usage": False,
+        "entropy_weight": 0.05,
+    },
+    "discriminator": "style",
+    "adversarial_start": 0.25,
+    "adaptive": True,
+    "restart_every": 3,
+}
+
+
+@pytest.mark.parametrize("codebook", ["gradient", "ema"])
+def test_the_vq_tokenizer_learns_with_the_same_objective(codebook: str, tmp_path: Path) -> None:
+    plan = VQ | {"codebook": codebook, "model_overrides": VQ["model_overrides"] | {"entropy_weight": 0.0}}
+    steps = ("loop.steps=8", "loop.validate_every=2", "optim.lr=3e-3", "loop.sample_every=0")
+    plan = plan | ({"discriminator": "patch", "discriminator_layers": 1} if codebook == "ema" else {})
+    run = train(recipe(tmp_path / "run", plan, *steps))
+    found = lines(run.folder)
+    validated = [line["validation/l2"] for line in found if "validation/l2" in line]
+    assert validated[-1] < validated[0]
+    assert {"usage/all", "adversarial", "discriminator/loss"} <= set().union(*found)
+    assert open_tokenizer(str(run.model)).image_size == (8, 8)
+
+
+def test_the_following_codebook_writes_the_parameter_not_its_normalised_copy() -> None:
+    training: Any = build_objective(objective_config(VQ | {"codebook": "ema", "adversarial_weight": 0}), CLASSES)
+    before = training.tokenizer.quantize.codebook.detach().clone()
+    batch = {"images": torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1}
+    training(batch, "main", 0, 10, Rng.from_seed(0, 4))
+    training.after_step(0, Rng.from_seed(0, 1))
+    assert not torch.equal(training.tokenizer.quantize.codebook, before)

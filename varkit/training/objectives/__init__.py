@@ -10,6 +10,7 @@ from varkit.interfaces import Objective
 
 OBJECTIVES = {
     "multiscale-vq": "varkit.training.objectives.multiscale_vq",
+    "vq": "varkit.training.objectives.vq",
     "kl-vae": "varkit.training.objectives.kl_vae",
     "flextok": "varkit.training.objectives.flextok",
     "next-scale": "varkit.training.objectives.next_scale",

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_training import lines, recipe
-from varkit import Rng, registry
+from tests.test_training import GENERATOR, SLICE, TOKENIZER, lines, recipe
+from varkit import MultiScaleVQ, Rng, registry
 from varkit.config import ConfigError
 from varkit.pipelines.auto import AutoPipeline, open_tokenizer
+from varkit.pipelines.extract_codes import Views, extract_codes
 from varkit.training.loop import train
 from varkit.training.objectives import build_objective, objective_config
 
@@ -143,3 +144,47 @@ def test_the_following_codebook_writes_the_parameter_not_its_normalised_copy() -
     training(batch, "main", 0, 10, Rng.from_seed(0, 4))
     training.after_step(0, Rng.from_seed(0, 1))
     assert not torch.equal(training.tokenizer.quantize.codebook, before)
+
+
+# ---- from token files ---------------------------------------------------------------------------------------------
+
+
+def coded(tokenizer: str, folder: Path, flip: bool = False) -> str:
+    extract_codes(tokenizer, str(SLICE), folder, views=Views(mode="squash", flip=flip))
+    return str(folder)
+
+
+def test_token_files_train_as_the_images_do(tmp_path: Path) -> None:
+    plan = objective("llamagen_fashion", tmp_path / "tokenizer")
+    codes = coded(plan["tokenizer"], tmp_path / "codes")
+    changes = ("loop.steps=3", "loop.validate_every=3", "data.flip=false")
+    pixels = train(recipe(tmp_path / "pixels", plan, *changes))
+    tokens = train(recipe(tmp_path / "tokens", plan, *changes, f"data.train={codes}", f"data.validation={codes}"))
+    assert lines(pixels.folder) == lines(tokens.folder)
+
+
+def test_views_change_and_other_predictions_go_with_token_files(tmp_path: Path) -> None:
+    MultiScaleVQ(**TOKENIZER["model_overrides"], image_channels=1).save_pretrained(tmp_path / "tokenizer")
+    plan = GENERATOR | {"tokenizer": str(tmp_path / "tokenizer"), "input_masking": {}}
+    codes = coded(plan["tokenizer"], tmp_path / "codes", flip=True)
+    run = train(recipe(tmp_path / "run", plan, "loop.steps=2", "data.flip=false", f"data.train={codes}"))
+    assert (run.folder / "model" / "model_index.json").is_file()
+
+
+def test_wrong_token_files_are_refused_before_work(tmp_path: Path) -> None:
+    plan = objective("llamagen_fashion", tmp_path / "tokenizer")
+    torch.manual_seed(1)
+    entry = registry.model_entry("llamagen_fashion")
+    registry.create_model(entry.tokenizer, **entry.tiny_tokenizer).save_pretrained(tmp_path / "other")
+    codes = coded(str(tmp_path / "other"), tmp_path / "codes")
+    fit, out = coded(plan["tokenizer"], tmp_path / "fit"), tmp_path / "run"
+    for objective_, message, *more in (
+        (plan, rf"made by {tmp_path}/other \(fingerprint .*tokenizer {tmp_path}/tokenizer is another", codes),
+        (VQ, "this objective reads images", codes),
+        (plan, "data.flip mirrors images", fit, "data.flip=true"),
+        (plan | {"self_generated": {}}, "self_generated reads the images", fit),
+    ):
+        changes = ("data.flip=false", *more[1:], f"data.train={more[0]}")
+        with pytest.raises(ValueError, match=message):
+            train(recipe(out, objective_, *changes))
+        assert not out.exists()

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from varkit import registry
 from varkit.conditioning.label import LabelCondition
 from varkit.config import ConfigError, config
+from varkit.data.codes import CodeInfo
 from varkit.interfaces import Generator, Losses, Objective, Tokenizer
 from varkit.pipelines.auto import assemble, open_tokenizer
+from varkit.pipelines.fingerprint import tokenizer_fingerprint
 from varkit.rng import Rng
 from varkit.training import finetune, lora
 from varkit.training.codes import CodeMemory
@@ -38,7 +40,8 @@ class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
 
 
 class GeneratorTraining(Objective):
-    """Owns the generator; the tokenizer is frozen, and its codes are made anew for each batch."""
+    """Owns the generator; the tokenizer is frozen, and its codes are made anew for each batch, or read from
+    files."""
 
     shards = True
     kind: type[Any]  # class of the generator; a subclass sets it before `__init__`, or for good
@@ -101,8 +104,27 @@ class GeneratorTraining(Objective):
         """What the generator's `training_loss` is given besides its tensors."""
         return {}
 
+    def check_codes(self, codes: CodeInfo) -> None:
+        """Raises ConfigError when another tokenizer made them, or when what is trained needs the images."""
+        tokenizer, name = self.frozen("tokenizer"), self.config.tokenizer
+        own, made = tokenizer_fingerprint(tokenizer), codes.fingerprint
+        if own != made or codes.token_layout != tokenizer.layout:
+            raise ConfigError(
+                f"the token files were made by {codes.tokenizer} (fingerprint {made}, "
+                f"{codes.token_layout.describe()}); objective.tokenizer {name} is another (fingerprint {own}, "
+                f"{tokenizer.layout.describe()}). Set objective.tokenizer to the one that made them, or make new ones "
+                f"with `varkit tokenize`"
+            )
+        needy = [n for n in ("alignment", "self_generated") if getattr(self.config, n) is not None]
+        if needy:
+            raise ConfigError(
+                f"objective.{needy[0]} reads the images, token files hold none; give the images in data.train"
+            )
+
     def tokens(self, batch: dict[str, Tensor]) -> Tensor:
-        """The codes of a batch of images, (B, L)."""
+        """The codes of a batch of images or of token files, (B, L)."""
+        if "tokens" in batch:
+            return batch["tokens"]
         tokenizer = self.frozen("tokenizer")
         memory = self.memory.get(self.training)
         return memory.tokens(batch, tokenizer.encode) if memory else tokenizer.encode(batch["images"])
@@ -121,11 +143,12 @@ class GeneratorTraining(Objective):
         return self.variants(
             self.model,
             self.frozen("tokenizer"),
-            batch["images"],
+            batch.get("images"),
             self.condition.encode(class_labels=batch["labels"].clamp_min(0)),
             rng,
             step=step,
             max_steps=max_steps,
+            tokens=batch.get("tokens"),
             feature=self.frozen("encoder")(batch["images"]) if self.config.alignment is not None else None,
             **options,
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from varkit import registry
 from varkit.config import ConfigError, config
-from varkit.interfaces import Losses, Objective, Tokenizer
+from varkit.interfaces import Losses, Objective
 from varkit.metrics.lpips import SMALLEST_SIDE, find_lpips
 from varkit.pipelines.auto import open_tokenizer
 from varkit.rng import Draw, Rng
@@ -121,7 +121,7 @@ class VQTraining(Objective):
             )
         return PatchDiscriminator(3, c.discriminator_width, c.discriminator_layers)
 
-    def _build(self) -> Tokenizer:
+    def _build(self) -> Any:
         source, overrides = self.config.init_from, self.config.model_overrides
         if source is None:
             fresh = registry.create_model(self.config.model, **overrides)
@@ -130,7 +130,7 @@ class VQTraining(Objective):
                     f"objective {self.config.name} trains a {self.kind.__name__}; objective.model {self.config.model} "
                     f"is a {type(fresh).__name__}"
                 )
-            return cast(Tokenizer, fresh)
+            return fresh
         free = self.kind.free_arguments
         if source in registry.list_checkpoints() or Path(source).is_file():
             free |= self.released_arguments
@@ -141,7 +141,7 @@ class VQTraining(Objective):
                 f"{type(model).__name__}"
             )
         finetune.require_same(model, overrides, source)
-        return cast(Tokenizer, model.float())
+        return model.float()
 
     def _freeze(self) -> list[str]:
         """Lines for the log. Raises ConfigError when something else in the configuration needs what is frozen."""

@@ -291,6 +291,16 @@ class Objective(nn.Module, ABC):
             module._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
+    def check_codes(self, codes: Any) -> None:
+        """Called before a run whose data are token files, with what their layout.json says.
+
+        Raises: ValueError when the objective cannot use them, with what to do.
+        """
+        raise ValueError(
+            f"{codes.source} was coded by `varkit tokenize`, but this objective reads images; give the images in "
+            f"data.train and data.validation. Token files are for generators: next-token, next-scale"
+        )
+
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         """Losses of one micro-batch in one phase of optimiser step `step` (from 0)."""

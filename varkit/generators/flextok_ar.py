@@ -82,6 +82,9 @@ class FlexTokAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     _no_split_modules = ("Block",)
     training_options = frozenset({"weight", "label_smoothing", "hidden_layer"})
     no_decay = ("start", "positions")
+    lora_targets = ("blocks.*.qkv", "blocks.*.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2", "blocks.*.mlp.fc3")
+    free_arguments = frozenset({"dropout", "cond_drop_rate"})
+    """These two: see `varkit.training.finetune.Tunable`."""
 
     @register_to_config
     def __init__(

@@ -262,6 +262,18 @@ class LlamaGen(HubMixin, ModelMixin, ConfigMixin, Generator):
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     training_options = frozenset({"label_smoothing", "weight", "hidden_layer", "z_weight", "valid"})
+    class_embedding = "cls_embedding.embedding_table"
+    lora_targets = (
+        "layers.*.attention.wqkv",
+        "layers.*.attention.wo",
+        "layers.*.feed_forward.w1",
+        "layers.*.feed_forward.w2",
+        "layers.*.feed_forward.w3",
+    )
+    free_arguments = frozenset(
+        {"token_dropout", "dropout", "ffn_dropout", "attention_dropout", "drop_path_rate", "cond_drop_rate"}
+    )
+    """These three: see `varkit.training.finetune.Tunable`."""
 
     @register_to_config
     def __init__(

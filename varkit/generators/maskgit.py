@@ -131,6 +131,10 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
     training_options = frozenset({"label_smoothing", "unmasked_weight"})
     no_decay = ("pos_embed", "type_embed", "embeddings")
     """Name parts of parameters trained without weight decay, besides biases and 1-D tensors."""
+    class_embedding = "embeddings"
+    lora_targets = ("*.attn.qkv", "*.attn.proj", "*.mlp.fc1", "*.mlp.fc2")
+    free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate", "num_steps"})
+    """These three: see `varkit.training.finetune.Tunable`."""
 
     @register_to_config
     def __init__(

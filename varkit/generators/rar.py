@@ -143,6 +143,10 @@ class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     training_options = frozenset({"random_ratio", "orders", "label_smoothing", "weight", "hidden_layer"})
     no_decay = ("cls_token", "pos_embed", "timesteps_embeddings", "embeddings")
     """Name parts of parameters trained without weight decay, besides biases and 1-D tensors."""
+    class_embedding = "embeddings"
+    lora_targets = ("blocks.*.attn.qkv", "blocks.*.attn.proj", "blocks.*.mlp.fc1", "blocks.*.mlp.fc2")
+    free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate"})
+    """These three: see `varkit.training.finetune.Tunable`."""
 
     @register_to_config
     def __init__(

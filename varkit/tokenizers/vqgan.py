@@ -167,6 +167,8 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
 
     _no_split_modules = ("ResnetBlock",)
     _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # as CodeUsage._apply, when opened with torch_dtype=
+    free_arguments = frozenset({"dropout", "commitment_weight", "entropy_weight", "grid"})
+    """Constructor arguments that weights do not depend on: what a run that starts from a model may change."""
 
     @register_to_config
     def __init__(

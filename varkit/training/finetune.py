@@ -26,7 +26,9 @@ from varkit.training.lora import LoRA, add_adapter, require_peft
 class Tunable(Protocol):
     """What fine-tuning reads of a generator, besides that it is a `ModelMixin`.
 
-    class_embedding: name of its `nn.Embedding` of num_classes + 1 rows, the last of which is the null class.
+    class_embedding: name of its `nn.Embedding` whose last num_classes + 1 rows are the classes, and the last of all the
+        null class; with num_classes rows in all the null class is zero, and no row. A model whose layer itself has
+        this name need not say so.
     blocks: the layers by depth. What the constructor makes before them is the bottom, what it makes after them the top.
     lora_targets: name patterns of the linear layers that LoRA adapts by default.
     free_arguments: constructor arguments that no weight depends on, such as dropout.
@@ -126,9 +128,12 @@ def resize_classes(
     Returns: one line for the log.
     Raises: ConfigError when `count` is less than the classes.
     """
-    old = model.get_submodule(model.class_embedding)
-    rows: Tensor = old.weight  # K+1 C
-    before, target = len(rows) - 1, max(len(classes), 1) if count is None else count
+    name = getattr(type(model), "class_embedding", "class_embedding")
+    old = model.get_submodule(name)
+    before, target = model.num_classes, max(len(classes), 1) if count is None else count
+    table, null_row = old.weight, len(old.weight) > before
+    others = table[: -before - 1] if null_row else table[:0]  # codes, where one table holds both
+    rows: Tensor = table[len(others) :] if null_row else torch.cat([table, torch.zeros_like(table[:1])])  # K+1 C
     if target < max(len(classes), 1):
         raise ConfigError(f"the data has {len(classes)} classes, objective.model_overrides.num_classes is {target}")
     own = list(classes) if telling(classes) else []
@@ -140,14 +145,15 @@ def resize_classes(
         if row is None and target == before and (not by_name or i >= len(own)):
             row = i
         origin.append(row)
-    fresh = rows[[before if row is None else row for row in [*origin, None]]]
-    embedding = nn.Embedding(target + 1, rows.shape[1], device="meta")
+    fresh = torch.cat([others, rows[[before if row is None else row for row in [*origin, None]]]])
+    fresh = fresh if null_row else fresh[:-1]
+    embedding = nn.Embedding(len(fresh), fresh.shape[1], device="meta")
     embedding.weight = nn.Parameter(fresh)
-    model.set_submodule(model.class_embedding, embedding)
+    model.set_submodule(name, embedding)
     model.num_classes = target
     model.register_to_config(num_classes=target)
     new = origin.count(None)
-    model.full_rate = (f"{model.class_embedding}.weight",) if new else ()
+    model.full_rate = (f"{name}.weight",) if new else ()
     kept = f"{target - new} rows kept by {'name' if by_name else 'number'}"
     return f"class embedding: {before} -> {target} classes; {kept}, {new} new" + (" (as the null class)" if new else "")
 
@@ -222,11 +228,12 @@ def layer_scales(module: nn.Module, decay: float) -> dict[str, float]:
         raise ConfigError(f"optim.layer_decay is for networks with a list of blocks; {type(module).__name__} has none")
     top, depth, scales = len(network.blocks) + 1, 0, dict[str, float]()
     full = {prefix + name for name in getattr(network, "full_rate", ())}
+    layers = next(name for name, part in network.named_children() if part is network.blocks) + "."
     for name, _ in module.named_parameters():
         part = name.removeprefix(prefix)
         if not name.startswith(prefix):
             depth = top
-        elif part.startswith("blocks."):
+        elif part.startswith(layers):
             depth = int(part.split(".")[1]) + 1
         elif depth > 0:
             depth = top

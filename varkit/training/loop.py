@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from varkit.config import ConfigError
+from varkit.data.codes import CodeSet, is_code_folder
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.transforms import ImageTransform
 from varkit.interfaces import Objective
@@ -129,7 +130,7 @@ class Trainer:
         self._check_folder(resume)
         require_tracker(self.loop.tracker)
         self.dataset = self._open(recipe.data.train, recipe.data.train_split)
-        self.validation = None
+        self.validation: ImageDataset | CodeSet | None = None
         if recipe.data.validation is not None:
             self.validation = self._open(recipe.data.validation, recipe.data.validation_split)
             self._check_classes(self.dataset.classes, self.validation.classes)
@@ -145,6 +146,7 @@ class Trainer:
         set_seed(self.loop.seed)
         self.objective: Objective = self._build()
         self.objective.max_steps = self.loop.steps
+        self._check_codes()
         if place()[0] > 0:  # the same networks everywhere, another dropout on each process
             set_seed(self.loop.seed, device_specific=True)
         self.objective.train()
@@ -207,16 +209,30 @@ class Trainer:
     def _build(self) -> Objective:
         return build_objective(self.recipe.objective, self.dataset.classes)
 
-    def _open(self, source: str, split: str) -> ImageDataset:
+    def _check_codes(self) -> None:
+        """Raises ConfigError or ValueError when there are token files that do not fit what is trained."""
+        for name, data in (("train", self.dataset), ("validation", self.validation)):
+            if isinstance(data, CodeSet):
+                self.objective.check_codes(data.info)
+                if self.recipe.data.flip and name == "train":
+                    raise ConfigError(
+                        "data.flip mirrors images; the views of token files are made before, by `varkit tokenize "
+                        "--flip`: set data.flip=false"
+                    )
+
+    def _open(self, source: str, split: str) -> ImageDataset | CodeSet:
+        if is_code_folder(source):
+            return CodeSet(source, random_view=source == self.recipe.data.train, seed=self.loop.seed)
         return open_images(source, split=split, root=self.recipe.data.root)
 
     def _set_transforms(self) -> None:
         data = self.recipe.data
         size = self.objective.image_size
-        self.dataset.transform = ImageTransform(
-            size, mode=data.mode, enlarge=data.enlarge, flip=data.flip, seed=self.loop.seed
-        )
-        if self.validation is not None:
+        if isinstance(self.dataset, ImageDataset):
+            self.dataset.transform = ImageTransform(
+                size, mode=data.mode, enlarge=data.enlarge, flip=data.flip, seed=self.loop.seed
+            )
+        if isinstance(self.validation, ImageDataset):
             mode = "center" if data.mode == "crop" else data.mode
             self.validation.transform = ImageTransform(size, mode=mode, enlarge=data.enlarge)
 
@@ -386,7 +402,7 @@ class Trainer:
         device = self.accelerator.device
         stay = {k: v for k, v in batch.items() if k == "keys" or not isinstance(v, Tensor)}  # texts are strings
         moved = {k: v if k in stay else v.to(device, non_blocking=True) for k, v in batch.items()}
-        if self.loop.channels_last:
+        if self.loop.channels_last and "images" in moved:
             moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
         return moved
 

@@ -17,6 +17,7 @@ class DataConfig:
     """Where images come from and how they are cut."""
 
     train: str  # a folder, an .npz or .npy file, IDX files, tars, hf:NAME, or the name of a data set (docs/data.md)
+    # or, for generators, a folder of `varkit tokenize`; splits and views are then its own
     train_split: str = "train"
     validation: str | None = None  # None: no validation
     validation_split: str = "test"

@@ -10,9 +10,11 @@ from varkit.interfaces import Objective
 
 OBJECTIVES = {
     "multiscale-vq": "varkit.training.objectives.multiscale_vq",
+    "vq": "varkit.training.objectives.vq",
     "kl-vae": "varkit.training.objectives.kl_vae",
     "flextok": "varkit.training.objectives.flextok",
     "next-scale": "varkit.training.objectives.next_scale",
+    "next-token": "varkit.training.objectives.next_token",
     "classifier": "varkit.training.objectives.classifier",
 }
 """Name -> module; each module has `Config` and `Training`."""

@@ -119,10 +119,11 @@ class Variants(nn.Module):
         self,
         generator: Generator,
         tokenizer: Any,
-        images: Tensor,
+        images: Tensor | None,
         cond: Cond,
         rng: Rng,
         *,
+        tokens: Tensor | None = None,
         step: int,
         max_steps: int,
         feature: Tensor | None = None,
@@ -131,18 +132,22 @@ class Variants(nn.Module):
         """Losses of a batch.
 
         Args:
-            images: (B, 3, H, W) in [-1, 1].   feature: (B, D), the encoder's, for alignment.
+            images: (B, 3, H, W) in [-1, 1], or None where `tokens` (B, L), their codes, are given: then without
+                self_generated, which reads the images.
+            feature: (B, D), the encoder's, for alignment.
             more: options of `generator.training_loss`.
         Returns: `loss` and what the generator logs; `alignment`, `next`, `next_all`, `random` where they are trained.
         """
         o = self.options
-        with torch.no_grad():
-            tokens = tokenizer.encode(images)
+        if tokens is None:
+            with torch.no_grad():
+                tokens = tokenizer.encode(images)
         mixture = {"next": 1.0} if o.mixed_prediction is None else tokenunify.active(o.mixed_prediction, step)
         losses: Losses = {}
         if "next" in mixture:
             targets = context = tokens
             if o.self_generated is not None:
+                assert images is not None
                 targets, context = self_generated.mixed_context(
                     o.self_generated,
                     generator,

@@ -1,0 +1,180 @@
+"""What training a discrete generator on a frozen tokenizer has in common, whatever the order of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from varkit import registry
+from varkit.conditioning.label import LabelCondition
+from varkit.config import ConfigError, config
+from varkit.data.codes import CodeInfo
+from varkit.interfaces import Generator, Losses, Objective, Tokenizer
+from varkit.pipelines.auto import assemble, open_tokenizer
+from varkit.pipelines.fingerprint import tokenizer_fingerprint
+from varkit.rng import Rng
+from varkit.training import finetune, lora
+from varkit.training.codes import CodeMemory
+from varkit.training.objectives.variants.arra import FrozenEncoder
+from varkit.training.objectives.variants.combined import Together, VariantConfig, Variants
+
+
+@config
+class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
+    """Keys of every such objective.
+
+    `VariantConfig` has further objectives, each a section; `FinetuneConfig` how to start from a trained model.
+    """
+
+    tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), a released checkpoint or its file
+    gradient_checkpointing: bool = False
+    sampling: dict[str, Any] = field(default_factory=dict)  # default sampler settings of the exported pipeline
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_finetuning()
+
+
+class GeneratorTraining(Objective):
+    """Owns the generator; the tokenizer is frozen, and its codes are made anew for each batch, or read from
+    files."""
+
+    shards = True
+    kind: type[Any]  # class of the generator; a subclass sets it before `__init__`, or for good
+    config: Any
+
+    def __init__(self, config: Any, classes: list[str]) -> None:
+        super().__init__()
+        self.config, self.classes = config, classes
+        tokenizer = open_tokenizer(config.tokenizer)
+        self.freeze("tokenizer", tokenizer)
+        self.image_size = tokenizer.image_size
+        self.model: Any = self._build(tokenizer)
+        self.model.layout.require(tokenizer.layout, "the generator", f"tokenizer {config.tokenizer}")
+        self.notes += finetune.prepare(self.model, config)
+        if config.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.condition = LabelCondition(self.model.num_classes)
+        self.max_steps = 1
+        self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
+        self._pipeline()  # settings that the sampler does not know are refused now, not at the end
+        self.variants = self._variants(tokenizer) if config.any_variant else None
+
+    def _variants(self, tokenizer: Tokenizer) -> Variants:
+        dim = None
+        if self.config.alignment is not None:
+            encoder = FrozenEncoder(self.config.alignment.encoder, self.config.alignment.weights)
+            self.freeze("encoder", encoder)
+            dim = encoder.dim
+        return Variants(self.config, self.model, tokenizer, sampling=self.config.sampling, feature_dim=dim)
+
+    def _build(self, tokenizer: Any) -> Any:
+        if self.config.init_from is not None:
+            model, note = finetune.start_from(self.config, self.kind, self.classes)
+            self.notes.append(note)
+            return model
+        sizes = {
+            "num_classes": max(len(self.classes), 1),
+            **self.sizes(tokenizer),
+            **self.config.model_overrides,
+        }
+        if sizes["num_classes"] < len(self.classes):
+            raise ConfigError(
+                f"the model has {sizes['num_classes']} classes, the data {len(self.classes)}; set "
+                f"objective.model_overrides.num_classes, or leave it out"
+            )
+        return self.fresh(sizes)
+
+    def sizes(self, tokenizer: Any) -> dict[str, Any]:
+        """The generator's constructor arguments that the tokenizer decides."""
+        raise NotImplementedError
+
+    def fresh(self, sizes: dict[str, Any]) -> Any:
+        """A new generator of these constructor arguments."""
+        return registry.create_model(self.config.model, **sizes)
+
+    def trained(self, phase: str) -> nn.Module:
+        return self.model if self.variants is None else Together(self.model, self.variants)
+
+    def options(self, step: int, max_steps: int) -> dict[str, Any]:
+        """What the generator's `training_loss` is given besides its tensors."""
+        return {}
+
+    def check_codes(self, codes: CodeInfo) -> None:
+        """Raises ConfigError when another tokenizer made them, or when what is trained needs the images."""
+        tokenizer, name = self.frozen("tokenizer"), self.config.tokenizer
+        own, made = tokenizer_fingerprint(tokenizer), codes.fingerprint
+        if own != made or codes.token_layout != tokenizer.layout:
+            raise ConfigError(
+                f"the token files were made by {codes.tokenizer} (fingerprint {made}, "
+                f"{codes.token_layout.describe()}); objective.tokenizer {name} is another (fingerprint {own}, "
+                f"{tokenizer.layout.describe()}). Set objective.tokenizer to the one that made them, or make new ones "
+                f"with `varkit tokenize`"
+            )
+        needy = [n for n in ("alignment", "self_generated") if getattr(self.config, n) is not None]
+        if needy:
+            raise ConfigError(
+                f"objective.{needy[0]} reads the images, token files hold none; give the images in data.train"
+            )
+
+    def tokens(self, batch: dict[str, Tensor]) -> Tensor:
+        """The codes of a batch of images or of token files, (B, L)."""
+        if "tokens" in batch:
+            return batch["tokens"]
+        tokenizer = self.frozen("tokenizer")
+        memory = self.memory.get(self.training)
+        return memory.tokens(batch, tokenizer.encode) if memory else tokenizer.encode(batch["images"])
+
+    def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
+        with torch.no_grad():
+            tokens = self.tokens(batch)
+            inputs = self.frozen("tokenizer").embed(tokens)
+        cond = self.condition.encode(class_labels=batch["labels"].clamp_min(0))
+        return cast(Generator, self.model).training_loss(tokens, inputs, cond, rng, **options)
+
+    def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
+        options = self.options(step, max_steps)
+        if self.variants is None:
+            return self._losses(batch, rng, **options)
+        return self.variants(
+            self.model,
+            self.frozen("tokenizer"),
+            batch.get("images"),
+            self.condition.encode(class_labels=batch["labels"].clamp_min(0)),
+            rng,
+            step=step,
+            max_steps=max_steps,
+            tokens=batch.get("tokens"),
+            feature=self.frozen("encoder")(batch["images"]) if self.config.alignment is not None else None,
+            **options,
+        )
+
+    @torch.no_grad()
+    def validate(self, batch: dict[str, Tensor], rng: Rng) -> Losses:
+        return self._losses(batch, rng)
+
+    @torch.no_grad()
+    def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
+        """Up to ten classes, five images each, by the sampler's default settings."""
+        classes = torch.arange(self.model.num_classes, device=batch["labels"].device)[:10]
+        out = self._pipeline()(
+            class_labels=classes.repeat(5).tolist(), rng=Rng.from_seed(0, 5 * len(classes)), output_type="pt"
+        )
+        return out.images * 2 - 1
+
+    def _pipeline(self, model: Any = None) -> Any:
+        pipeline = assemble(model or self.model, self.frozen("tokenizer"), self.config.sampling)
+        pipeline.register_to_config(id2label={str(i): name for i, name in enumerate(self.classes)} or None)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    def export(self, folder: Path) -> None:
+        if self.config.lora is None:
+            self._pipeline().save_pretrained(folder)
+            return
+        self._pipeline(lora.merged(self.model)).save_pretrained(folder)
+        lora.write_adapter(self.model, folder / lora.ADAPTER, str(self.config.init_from))

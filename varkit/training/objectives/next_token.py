@@ -1,0 +1,104 @@
+"""Training generators of single ids on a frozen tokenizer: LlamaGen, RAR, MaskGIT, FlexTok's GPT.
+
+What a step means is the generator's own: the next token in raster order, in a random order, or all masked ones.
+Source of the annealing of orders: bytedance/1d-tokenizer: configs/training/generator/rar.yaml, which trains with random
+orders alone for 200 of 400 epochs, and comes down to none in the next 100 (RAR, arXiv 2411.00776, section 3.2).
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+
+from varkit import registry
+from varkit.config import ConfigError, config
+from varkit.generators.rar import random_ratio
+from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining
+
+ORDERS = (0.5, 0.75)
+"""RAR's shares of the run."""
+
+
+@config
+class Config(GeneratorConfig):
+    """A generator and how it learns; `GeneratorConfig` has what all generators share."""
+
+    name: Literal["next-token"] = "next-token"
+    model: str = "llamagen_b"  # a registered generator; a new one gets its sizes from the tokenizer
+    label_smoothing: float | None = None  # None: as the generator's paper
+    random_orders: tuple[float, float] | None = None  # RAR: shares of the run until which all images, and after which
+    # none, come in a random order; None: 0.5 and 0.75
+
+    def __post_init__(self) -> None:
+        if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"objective.label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        if self.random_orders is not None and not 0 <= self.random_orders[0] <= self.random_orders[1] <= 1:
+            raise ConfigError(
+                f"objective.random_orders are two shares of the run, 0 to 1, the first not above the second; "
+                f"got {list(self.random_orders)}"
+            )
+        super().__post_init__()
+
+
+class Training(GeneratorTraining):
+    """Owns the generator; see `GeneratorTraining`."""
+
+    config: Config
+
+    def __init__(self, config: Config, classes: list[str]) -> None:
+        entry = registry.model_entry(config.model)
+        if entry.kind != "generator":
+            raise ConfigError(f"objective.model: {config.model} is a {entry.kind}; next-token trains a generator")
+        with torch.device("meta"):
+            model = entry.build()
+        self.kind = type(model)
+        if model.condition != "class":
+            raise ConfigError(
+                f"objective.model: {config.model} is conditioned on {model.condition}; next-token trains generators "
+                f"that are conditioned on classes"
+            )
+        if config.random_orders is not None and "random_ratio" not in model.training_options:
+            raise ConfigError(f"objective.random_orders is for RAR; {self.kind.__name__} has one order")
+        if config.gradient_checkpointing and not self.kind._supports_gradient_checkpointing:
+            raise ConfigError(f"objective.gradient_checkpointing: {self.kind.__name__} has none")
+        super().__init__(config, classes)
+
+    def sizes(self, tokenizer: Any) -> dict[str, Any]:
+        """Those of the tokenizer's sizes that the generator's constructor takes."""
+        layout = tokenizer.layout
+        if not isinstance(layout.codebook_size, int):
+            raise ConfigError(
+                f"objective.tokenizer: {self.config.tokenizer} has {layout.describe()}; next-token trains generators "
+                f"of single ids"
+            )
+        taken = signature(self.kind.__init__).parameters
+        if "scales" in taken or len(layout.grids) > 1:
+            raise ConfigError(
+                f"objective.model {self.config.model} and tokenizer {self.config.tokenizer} ({layout.describe()}): "
+                f"next-token is for one grid of tokens; objective next-scale trains VAR on a pyramid"
+            )
+        known = {
+            "grid": list(layout.grids[0]),
+            "num_tokens": layout.length,
+            "codebook_size": layout.codebook_size,
+            "latent_dim": layout.dim,
+        }
+        if "levels" in taken:
+            if "levels" not in tokenizer.config:
+                raise ConfigError(
+                    f"objective.model {self.config.model} is for tokenizers of quantised levels, such as FlexTok; "
+                    f"{type(tokenizer).__name__} has none"
+                )
+            known["levels"] = list(tokenizer.config.levels)
+        return {name: value for name, value in known.items() if name in taken}
+
+    def options(self, step: int, max_steps: int) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        if self.config.label_smoothing is not None:
+            options["label_smoothing"] = self.config.label_smoothing
+        if "random_ratio" in self.model.training_options:
+            start, end = self.config.random_orders or ORDERS
+            options["random_ratio"] = random_ratio(step, round(start * max_steps), round(end * max_steps))
+        return options

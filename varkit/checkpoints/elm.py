@@ -1,0 +1,94 @@
+"""Released ELM files <-> varkit: `binaryae_ema.th`, `L-2-12.pth`, `mlmL-1-16.pth` and alike.
+
+The names of weights are the same. An autoencoder's file holds its discriminator and LPIPS too: the keys that begin
+with `ae.` are taken, without that, and the others left.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
+
+_RELEASE = Release("Pepper-lll/LMforImageGeneration", "arXiv 2410.16257", "not stated with the files", "other")
+_PREFIX = "ae."
+_BITS = "quantize.embed.weight"
+
+
+# ---- binary autoencoder -------------------------------------------------------------------------------------------
+
+
+def autoencoder_arguments(official: Mapping[str, Any], sub_codes: int = 2) -> dict[str, Any]:
+    """Official constructor arguments -> those of `BinaryAutoencoder`."""
+    if not official["norm_first"] or official["use_tanh"] or official["quantizer"] != "binary":
+        raise ValueError("only binary autoencoders with norm_first and without use_tanh, as released")
+    return {
+        "bits": official["codebook_size"],
+        "sub_codes": sub_codes,
+        "latent_dim": official["emb_dim"],
+        "base_channels": official["nf"],
+        "channel_multipliers": tuple(official["ch_mult"]),
+        "num_res_blocks": official["res_blocks"],
+        "image_channels": official["n_channels"],
+        "grid": official["img_size"] // 2 ** (len(official["ch_mult"]) - 1),
+    }
+
+
+def images_from_official(images: Tensor) -> Tensor:
+    """[0, 1] -> [-1, 1], where varkit's images lie."""
+    return images * 2 - 1
+
+
+def images_to_official(images: Tensor) -> Tensor:
+    return (images + 1) / 2
+
+
+def autoencoder_from_official(state: StateDict) -> StateDict:
+    """Without the training's other networks, if the file has them."""
+    if _PREFIX + _BITS not in state:
+        return state
+    return {k.removeprefix(_PREFIX): v for k, v in state.items() if k.startswith(_PREFIX)}
+
+
+def is_autoencoder(state: Mapping[str, Tensor]) -> bool:
+    return _BITS in state or _PREFIX + _BITS in state
+
+
+def read_autoencoder_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`BinaryAutoencoder` arguments from shapes.
+
+    No key tells the grid, which is that of 256 x 256, nor the number of sub-codes: two, as most generators have.
+    """
+    own = autoencoder_from_official(dict(state))
+    width, channels = own["encoder.blocks.0.weight"].shape[:2]
+    bits, dim = own[_BITS].shape
+    downs = sorted(
+        int(k.split(".")[2]) for k in own if k.startswith("encoder.blocks.") and k.split(".")[3:] == ["conv", "weight"]
+    )
+    first_of_level = [1, *(i + 1 for i in downs)]
+    return {
+        "bits": bits,
+        "sub_codes": 2,
+        "latent_dim": dim,
+        "base_channels": width,
+        "channel_multipliers": tuple(own[f"encoder.blocks.{i}.conv1.weight"].shape[0] // width for i in first_of_level),
+        "num_res_blocks": first_of_level[1] - 2,
+        "image_channels": channels,
+        "grid": 256 // 2 ** len(downs),
+    }
+
+
+register_format(
+    OfficialFormat(
+        "ELM binary autoencoder",
+        _BITS,
+        "varkit.tokenizers.binary_autoencoder:BinaryAutoencoder",
+        is_autoencoder,
+        read_autoencoder_arguments,
+        _RELEASE,
+        from_official=lambda state, model: autoencoder_from_official(state),
+    )
+)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
 from tests.parity.adapters import Answers, adapter
 from tests.parity.weights import Case
 from varkit.checkpoints import elm as keys
 from varkit.checkpoints.files import load_strictly
+from varkit.conditioning.label import LabelCondition
+from varkit.generators.elm import ELM
+from varkit.rng import Rng
+from varkit.samplers.next_group import NextGroupSampler
 from varkit.tokenizers.binary_autoencoder import BinaryAutoencoder
 
 
@@ -47,3 +56,53 @@ def _(case: Case) -> Answers:
 def _(case: Case) -> Answers:
     image, quantized = autoencoder_of(case)(keys.images_from_official(case.inputs["image"]))
     return {"image": keys.images_to_official(image), "codebook_loss": quantized.code_loss.reshape(1)}
+
+
+# ---- transformers ---------------------------------------------------------------------------------------------
+
+
+def transformer_of(case: Case, kind: type[Any]) -> Any:
+    model = kind(**keys.transformer_arguments(case.fixture.meta["constructor"]), latent_dim=32)
+    load_strictly(model, case.fixture.state, "fixture")
+    return model.eval()
+
+
+def tokenizer_of(model: Any) -> BinaryAutoencoder:
+    """Some tokenizer with the generator's layout, which is all that a sampler reads of it."""
+    parts, bits = model.config.sub_codes, model.config.code_bits
+    return BinaryAutoencoder(parts * bits, parts, 32, 32, (1,), 1, grid=model.layout.grids[0])
+
+
+@adapter("elm", "ar", "forward")
+def _(case: Case) -> Answers:
+    model = transformer_of(case, ELM)
+    rows = len(next(iter(case.inputs.values())))
+    labels = case.inputs.get("labels", torch.full((rows,), model.num_classes))  # else every label is null
+    tokens: Tensor = case.inputs.get("indices", torch.zeros(rows, 1, model.config.sub_codes, dtype=torch.int64))
+    inputs = tokenizer_of(model).embed(tokens)
+    answers = {"logits": model(inputs, labels).flatten(1, 2)}
+    if case.settings["targets"]:
+        cond = LabelCondition(model.num_classes).encode(class_labels=labels)
+        answers["loss"] = model.training_loss(tokens, inputs, cond, Rng.from_seed(0, rows))["loss"].reshape(1)
+    return answers
+
+
+@adapter("elm", "ar", "generate")
+def _(case: Case) -> Answers:
+    s, model = case.settings, transformer_of(case, ELM)
+    if s["remask"] or s["scale_pow"] != 1:
+        raise ValueError("only without remasking, and schedules of power 1")
+    condition = LabelCondition(model.num_classes)
+    cond = condition.encode(class_labels=case.inputs["labels"])
+    output = NextGroupSampler().generate(
+        tokenizer_of(model),
+        model,
+        cond,
+        Rng.from_seed(0, len(cond)),
+        null=condition.null(cond),
+        guidance_scale=s["cfg_scale"],
+        guidance_schedule=keys.GUIDANCE[s["cfg_schedule"]],
+        temperature=s["temperature"],
+        top_k=s["top_k"],
+    )
+    return {"indices": output.tokens}

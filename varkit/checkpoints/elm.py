@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
+from varkit.generators.elm import AR_SAMPLING, SIZES
+from varkit.layers.llama import feed_forward_size
 
 _RELEASE = Release("Pepper-lll/LMforImageGeneration", "arXiv 2410.16257", "not stated with the files", "other")
 _PREFIX = "ae."
@@ -81,6 +83,72 @@ def read_autoencoder_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+# ---- transformers -------------------------------------------------------------------------------------------------
+
+GUIDANCE = {"linear": "linear-next", "constant": "constant", "cos": "sine"}
+"""Official names of guidance schedules -> ours."""
+
+
+def transformer_arguments(official: Mapping[str, Any]) -> dict[str, Any]:
+    """Official constructor arguments -> those of `ELM` and `ELMMasked`; `block_size` becomes a square grid."""
+    if official["use_adaLN"] or official["pos_type"] != "rope2d" or official["cls_row"] or official["pause"]:
+        raise ValueError("only transformers with rope2d, and without adaLN, class row or pause tokens, as released")
+    width = official["dim"]
+    return {
+        "num_classes": official["num_classes"],
+        "depth": official["n_layer"],
+        "hidden_size": width,
+        "num_heads": official["n_head"],
+        "ffn_size": feed_forward_size(width, official["multiple_of"], official["ffn_dim_multiplier"]),
+        "token_dropout": official["token_dropout_p"],
+        "dropout": official["resid_dropout_p"],
+        "ffn_dropout": official["ffn_dropout_p"],
+        "norm_eps": official["norm_eps"],
+        "rope_base": float(official["rope_base"]),
+        "cond_drop_rate": official["class_dropout_prob"],
+        "grid": int(official["block_size"] ** 0.5),
+        "sub_codes": official["token_each"],
+        "code_bits": official["code_dim"],
+    }
+
+
+def _tables(state: Mapping[str, Tensor]) -> Tensor | None:
+    return state.get("tok_embedder.weight", state.get("tok_embedder.0.weight"))
+
+
+def is_transformer(state: Mapping[str, Tensor]) -> bool:
+    return _tables(state) is not None and "layers.0.attention.wqkv.weight" in state and "mlm_layer.bias" not in state
+
+
+def read_transformer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments from shapes. No key tells the heads: those of the released size with this width, or else 64 channels
+    each. Images are taken to be 256 px.
+    """
+    table = _tables(state)
+    assert table is not None
+    rows, width = table.shape
+    return {
+        "num_classes": state["cls_embedding.embedding_table.weight"].shape[0] - 1,
+        "depth": 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers.")),
+        "hidden_size": width,
+        "num_heads": {w: h for _, w, h in SIZES.values()}.get(width, max(width // 64, 1)),
+        "ffn_size": state["layers.0.feed_forward.w1.weight"].shape[0],
+        "sub_codes": 1 if "proj.weight" not in state else state["proj.weight"].shape[1] // width,
+        "code_bits": rows.bit_length() - 1,  # of 2 ** bits rows, or one more with a mask
+    }
+
+
+register_format(
+    OfficialFormat(
+        "ELM transformer",
+        "tok_embedder.0.weight",
+        "varkit.generators.elm:ELM",
+        is_transformer,
+        read_transformer_arguments,
+        _RELEASE,
+        sampling=AR_SAMPLING,
+    )
+)
 register_format(
     OfficialFormat(
         "ELM binary autoencoder",

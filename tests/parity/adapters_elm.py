@@ -13,6 +13,7 @@ from varkit.checkpoints import elm as keys
 from varkit.checkpoints.files import load_strictly
 from varkit.conditioning.label import LabelCondition
 from varkit.generators.elm import ELM
+from varkit.generators.elm_masked import ELMMasked, mask_count
 from varkit.rng import Rng
 from varkit.samplers.next_group import NextGroupSampler
 from varkit.tokenizers.binary_autoencoder import BinaryAutoencoder
@@ -106,3 +107,21 @@ def _(case: Case) -> Answers:
         top_k=s["top_k"],
     )
     return {"indices": output.tokens}
+
+
+@adapter("elm", "mlm", "masked_forward")
+def _(case: Case) -> Answers:
+    s, model = case.settings, transformer_of(case, ELMMasked)
+    if s["mask_id"] != model.mask_id or s["loss_on"] != "masked":
+        raise ValueError("only the last id is the mask, and losses are of masked positions")
+    tokens, mask, labels = case.inputs["indices"], case.inputs["mask"].bool(), case.inputs["labels"]
+    loss = model.masked_loss(tokens, mask, labels, s["label_smoothing"])["loss"].reshape(1)
+    return {"logits": model(tokens.masked_fill(mask[..., None], model.mask_id), labels).flatten(1, 2), "loss": loss}
+
+
+@adapter("elm", "mlm", "mask_counts")
+def _(case: Case) -> Answers:
+    s = case.settings
+    if s["schedule"] != "cos" or s["minimum"] != 1:
+        raise ValueError("only the cosine, and at least one")
+    return {"count": mask_count(case.inputs["step"], s["num_steps"], s["sequence_length"])}

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
 from varkit.generators.elm import AR_SAMPLING, SIZES
+from varkit.generators.elm_masked import MASKED_SAMPLING, ELMMasked
 from varkit.layers.llama import feed_forward_size
 
 _RELEASE = Release("Pepper-lll/LMforImageGeneration", "arXiv 2410.16257", "not stated with the files", "other")
@@ -147,6 +149,30 @@ register_format(
         read_transformer_arguments,
         _RELEASE,
         sampling=AR_SAMPLING,
+    )
+)
+
+
+def is_masked(state: Mapping[str, Tensor]) -> bool:
+    return "mlm_layer.bias" in state and "tok_embedder.weight" in state
+
+
+def masked_from_official(state: StateDict, model: ELMMasked) -> StateDict:
+    """Released files most probably lack the heads that are not read, though the official class has them: zeros."""
+    heads = {k: torch.zeros(v.shape) for k, v in model.state_dict().items() if k.startswith("output.")}
+    return {**heads, **state}
+
+
+register_format(
+    OfficialFormat(
+        "ELM masked transformer",
+        "mlm_layer.bias",
+        "varkit.generators.elm_masked:ELMMasked",
+        is_masked,
+        read_transformer_arguments,
+        _RELEASE,
+        from_official=masked_from_official,
+        sampling=MASKED_SAMPLING,
     )
 )
 register_format(

@@ -267,18 +267,18 @@ def tiny_of(sub_codes: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**_TINY, **sizes}, {**TINY_TOKENIZER, "sub_codes": sub_codes}
 
 
-_FASHION = {
-    "num_classes": 10,
-    "depth": 6,
-    "hidden_size": 192,
-    "num_heads": 6,
-    "grid": 8,
-    "sub_codes": 2,
-    "code_bits": 6,
-    "latent_dim": 64,
-}
+def fashion_sizes() -> dict[str, Any]:
+    """Of the small generators of Fashion-MNIST."""
+    sizes = {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8}
+    return {**sizes, "sub_codes": 2, "code_bits": 6, "latent_dim": 64}
+
+
 _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "elm_fashion": (_FASHION, "bae_fashion", "Fashion-MNIST at 32x32: 64 tokens of two sub-codes, 2.9 M parameters")
+    "elm_fashion": (
+        fashion_sizes(),
+        "bae_fashion",
+        "Fashion-MNIST at 32x32: 64 tokens of two sub-codes, 2.9 M parameters",
+    )
 }
 for _size, _vocabulary, _count in _RELEASED:
     _depth, _width, _heads = SIZES[_size]

@@ -24,12 +24,13 @@ class Rotary(nn.Module):
     """Rotates queries and keys by their place in the grid: half of each head by the row, half by the column.
 
     Adjacent numbers are a pair. The first `prefix` positions have cosine and sine 0, so they become zero vectors.
+    Each position has `repeats` entries of the sequence, one after the other.
     """
 
     cos: Tensor  # T+L 1 D/2 1
     sin: Tensor  # T+L 1 D/2 2, the first of a pair negated
 
-    def __init__(self, grid: Grid, head_dim: int, base: float = 10000.0, prefix: int = 1) -> None:
+    def __init__(self, grid: Grid, head_dim: int, base: float = 10000.0, prefix: int = 1, repeats: int = 1) -> None:
         super().__init__()
         height, width = grid
         half = head_dim // 2
@@ -38,6 +39,7 @@ class Rotary(nn.Module):
         columns = torch.arange(width).repeat(height)
         angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)  # L D/2
         table = F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
+        table = table.repeat_interleave(repeats, 0)
         self.register_buffer("cos", table[:, None, :, :1].clone(), persistent=False)
         sin = table[:, None, :, 1:] * torch.tensor([-1.0, 1.0])
         self.register_buffer("sin", sin, persistent=False)

@@ -277,7 +277,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
     "elm_fashion": (
         fashion_sizes(),
         "bae_fashion",
-        "Fashion-MNIST at 32x32: 64 tokens of two sub-codes, 2.9 M parameters",
+        "Fashion-MNIST at 32x32: 64 tokens of two sub-codes, 2.8 M",
     )
 }
 for _size, _vocabulary, _count in _RELEASED:

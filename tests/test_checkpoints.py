@@ -70,7 +70,7 @@ def test_all_released_files_are_listed() -> None:
     files = {
         f
         for p in MANIFESTS
-        for f in re.findall(r"\S+\.(?:pth|pt|bin|ckpt|safetensors)\b(?: of \S+)?", json.loads(p.read_text())["file"])
+        for f in re.findall(r"\S+\.(?:pth|pt|th|bin|ckpt|safetensors)\b(?: of \S+)?", json.loads(p.read_text())["file"])
     }
     assert len(files) >= len(MANIFESTS) - 1
     cards = [registry.checkpoint(name) for name in registry.list_checkpoints("*")]

@@ -14,8 +14,9 @@ from tests.test_models import classes, liven, random_images, random_tokens, tiny
 from varkit import VQGAN, AutoPipeline, LlamaGen, NextGroupSampler, Rng, TextToImagePipeline, create_model
 from varkit.checkpoints.convert import convert
 from varkit.checkpoints.files import build_official, load_official, read_state_dict, to_official, write_official
-from varkit.generators.llamagen import SIZES, Rotary, feed_forward_size
+from varkit.generators.llamagen import SIZES
 from varkit.interfaces import Cond
+from varkit.layers.llama import Rotary, feed_forward_size
 from varkit.samplers.guidance import guidance_interval
 from varkit.tokenizers.vqgan import TINY, USAGE_WINDOW, VectorQuantizer, entropy_loss
 

@@ -186,6 +186,8 @@ def test_guidance_schedules_by_value() -> None:
     assert curve("linear") == [1, 1.5, 2, 2.5, 3]  # VAR: t = cfg k / (K - 1), logits (1 + t) cond - t uncond
     assert curve("cosine") == [1, 1.2929, 2, 2.7071, 3]
     assert curve("late") == [1, 1, 3, 3, 3]
+    assert curve("linear-next") == [1.4, 1.8, 2.2, 2.6, 3]
+    assert curve("sine") == [1.618, 2.1756, 2.618, 2.9021, 3]
 
 
 def test_guide_is_linear_and_never_in_place() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from tests.test_models import liven
 from varkit import VAR, Rng
 from varkit.conditioning.label import LabelCondition
-from varkit.generators.var import DropPath
 from varkit.interfaces import Cond
+from varkit.layers.drop_path import DropPath
 
 SIZES: dict[str, Any] = {
     "num_classes": 3,

@@ -16,9 +16,10 @@ from varkit.checkpoints.files import load_strictly
 from varkit.conditioning.captions import clean_caption
 from varkit.conditioning.text import left_padded
 from varkit.data.crops import center_crop, random_crop, ten_crop
-from varkit.generators.llamagen import LlamaGen, Rotary
+from varkit.generators.llamagen import LlamaGen
 from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond
+from varkit.layers.llama import Rotary
 from varkit.metrics.lpips import LPIPS
 from varkit.rng import Draw, RecordedRng
 from varkit.samplers.next_group import NextGroupSampler, StepInfo

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
-from varkit.generators.llamagen import CLASS_SAMPLING, SIZES, TEXT_SAMPLING, feed_forward_size
+from varkit.generators.llamagen import CLASS_SAMPLING, SIZES, TEXT_SAMPLING
+from varkit.layers.llama import feed_forward_size
 
 LICENCE = "MIT (FoundationVision/LlamaGen)"
 HITS_KEY = "quantize.ema_vocab_hit_SV"  # ours alone: a moving average for training
@@ -183,7 +184,7 @@ def transformer_from_official(state: StateDict) -> StateDict:
 
 def _is_transformer(key: str) -> Callable[[Mapping[str, Tensor]], bool]:
     def is_it(state: Mapping[str, Tensor]) -> bool:
-        return key in state and "layers.0.attention.wqkv.weight" in state and "output.weight" in state
+        return key in state and "layers.0.attention.wqkv.weight" in state and "tok_embeddings.weight" in state
 
     return is_it
 

@@ -25,6 +25,7 @@ from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import KVCache
+from varkit.layers.drop_path import DropPath
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
@@ -32,20 +33,6 @@ from varkit.tokenizers.multiscale_vq import SCALES_256, SCALES_512
 
 Modulation = tuple[Tensor, ...]
 """gamma1, gamma2, 1 + scale1, 1 + scale2, shift1, shift2: (B, 1, C) each."""
-
-
-class DropPath(nn.Module):
-    """Drop a residual branch of whole samples (stochastic depth), rescaling the ones that stay."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0:
-            return x
-        keep = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
-        return x * (keep.to(x.dtype) / (1 - self.rate))
 
 
 class FeedForward(nn.Module):

@@ -31,10 +31,13 @@ def weighted_cross_entropy(
 ) -> Tensor:
     """Cross entropy of each position times `weight`, summed over positions, averaged over the batch.
 
-    Args: logits: (B, n, V).   target: (B, n) ids.   weight: a number, (n,) or (B, n).
+    Args:
+        logits: (B, n, V), or (B, n, G, V) of factorised codes, whose losses are averaged over G.
+        target: (B, n) or (B, n, G) ids.   weight: a number, (n,) or (B, n).
     """
-    losses = F.cross_entropy(logits.flatten(0, 1), target.flatten(), label_smoothing=label_smoothing, reduction="none")
-    return (losses.view_as(target) * weight).sum(1).mean()
+    losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), label_smoothing=label_smoothing, reduction="none")
+    losses = losses.view_as(target)
+    return ((losses.mean(-1) if losses.dim() == 3 else losses) * weight).sum(1).mean()
 
 
 def z_loss(logits: Tensor) -> Tensor:

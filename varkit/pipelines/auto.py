@@ -94,14 +94,15 @@ class AutoPipeline:
 def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
     """The tokenizer of a released file, cut for the images that `generator` was made for.
 
-    A convolutional tokenizer's file does not say the size of its images: the generator's layout does.
+    A convolutional tokenizer's file does not say the size of its images, nor how its bits are cut into sub-codes: the
+    generator's layout does.
     """
     from varkit.checkpoints.files import build_official, read_state_dict
     from varkit.checkpoints.formats import format_of_state
 
     state = read_state_dict(path)
     taken = signature(format_of_state(state, str(path)).model_class().__init__).parameters
-    names = [n for n in ("scales", "grid") if n in generator.config and n in taken]
+    names = [n for n in ("scales", "grid", "sub_codes") if n in generator.config and n in taken]
     return build_official(state, str(path), **{n: generator.config[n] for n in names})
 
 

@@ -33,6 +33,19 @@ def linear_open(w: float, decided: int, last: int) -> float:
     return 1 + (w - 1) * decided / (last + 1)
 
 
+def linear_next(w: float, decided: int, last: int) -> float:
+    """From a first step towards w to w itself at the last: the share of steps done with this one.
+
+    Source: Pepper-lll/LMforImageGeneration (ELM, arXiv 2410.16257), whose `linear` it is.
+    """
+    return 1 + (w - 1) * (decided + 1) / (last + 1)
+
+
+def sine(w: float, decided: int, last: int) -> float:
+    """As `linear_next` along a quarter of a sine: fast at first, flat at the end. ELM's `cos`."""
+    return 1 + (w - 1) * math.sin(math.pi / 2 * (decided + 1) / (last + 1))
+
+
 def power_cosine(w: float, decided: int, last: int, power: float = 1.0) -> float:
     """From 1 towards w along half a cosine of (decided / steps) ^ power, as `linear_open` never quite there.
 
@@ -57,6 +70,8 @@ SCHEDULES: dict[str, GuidanceSchedule] = {
     "cosine": cosine,
     "late": late,
     "linear-open": linear_open,
+    "linear-next": linear_next,
+    "sine": sine,
     "power-cosine": power_cosine,
 }
 

@@ -151,6 +151,10 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
         groups = self.groups(transformer, **settings)
         size = transformer.layout.codebook_size
+        if settings["more_smooth"] and isinstance(size, tuple):
+            raise ValueError(
+                "more_smooth hands on mixtures of codes, but this model's codes are factorised: leave it off"
+            )
         # One draw for all positions: a number depends on its position, not on when it is asked for.
         every = torch.arange(transformer.layout.length, device=groups[0].device)
         uniform = rng.uniform(every, Draw.TOKEN, count=len(size) if isinstance(size, tuple) else None)  # B L, B L G
@@ -217,4 +221,4 @@ def keep_known(tokens: Tensor, known: Known, positions: Tensor, tokenizer: Token
     given, keep = known[0][:, positions], known[1][..., positions]
     if tokens.is_floating_point():
         return torch.where(keep[..., None], tokenizer.vectors(given), tokens)
-    return torch.where(keep, given, tokens)
+    return torch.where(keep[..., None] if given.dim() == 3 else keep, given, tokens)  # of factorised ids, all factors

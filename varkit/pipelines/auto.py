@@ -134,7 +134,9 @@ def open_transformer(name: str, kind: type[Any], **overrides: Any) -> tuple[Any,
     """
     found = _open_part(name, "transformer", kind, overrides)
     if found is None:
-        released = next(iter(n for n in registry.list_checkpoints() if registry.checkpoint(n).tokenizer), "none")
+        names = [n for n in registry.list_checkpoints() if registry.checkpoint(n).tokenizer]
+        alike = [n for n in names if n.startswith(kind.__name__.lower())]
+        released = next(iter(alike or names), "none")
         raise ValueError(
             f"no generator at {name!r}: give a shipped model, a folder with model_index.json or config.json (such as "
             f"the model/ folder of a run), a released checkpoint such as {released}, or its file"

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 
 from varkit.generators.elm import SIZES, check_heads, drop_labels, fashion_sizes, tiny_of
 from varkit.generators.llamagen import ClassPrefix
-from varkit.generators.maskgit import MaskedState, masked_cross_entropy
-from varkit.heads.categorical import Categorical
+from varkit.generators.maskgit import MaskedGenerator, MaskedState, masked_cross_entropy
 from varkit.hub import HubMixin
-from varkit.interfaces import Cond, Generator, Losses, State
+from varkit.interfaces import Cond, Losses
 from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size
 from varkit.layout import TokenLayout, square_grids
 from varkit.orders import token_order
@@ -54,7 +53,7 @@ class MaskedHead(nn.Module):
         return self.ln(F.gelu(self.fc(x))) @ table.detach().T + self.bias
 
 
-class ELMMasked(HubMixin, ModelMixin, ConfigMixin, Generator):
+class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
     """The class-conditional masked generator. The defaults are the released L-1-16.
 
     Args:
@@ -64,8 +63,6 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, Generator):
     """
 
     _no_split_modules = ("Block",)
-    causal = False
-    sampler = "MaskedSampler"
     training_options = frozenset({"label_smoothing"})
 
     @register_to_config
@@ -170,21 +167,6 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, Generator):
         shape = (len(cond), self.layout.length, self.config.sub_codes)
         tokens = torch.full(shape, self.mask_id, device=self.rotary.cos.device)
         return MaskedState(tokens, cond.beside(null).labels, null is not None, self.mask_id)
-
-    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
-        """`inputs` are not read: an open position reads as the mask, a decided one as what was appended there."""
-        assert isinstance(state, MaskedState)
-        ids = torch.cat([state.tokens, state.tokens]) if state.guided else state.tokens
-        logits = self(ids, state.labels)[:, positions]
-        return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
-
-    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
-        """Record tokens (B, n, G) at `positions` (n,); `mask_id` stands for one that is open again."""
-        assert isinstance(state, MaskedState)
-        n = positions.shape[-1]
-        state.tokens[:, positions] = tokens
-        state.order[state.length : state.length + n] = positions
-        state.length += n
 
     # ---- training -----------------------------------------------------------------------------------------
 

@@ -112,7 +112,29 @@ class MaskedState(State):
         self.rewind(self.length)
 
 
-class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
+class MaskedGenerator(Generator):
+    """One whose `forward` reads all ids, (B, L) or (B, L, G) with `mask_id` where open, and classes (B,)."""
+
+    causal = False
+    sampler = "MaskedSampler"
+
+    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
+        """`inputs` are not read: an open position reads as the mask, a decided one as what was appended there."""
+        assert isinstance(state, MaskedState)
+        ids = torch.cat([state.tokens, state.tokens]) if state.guided else state.tokens
+        logits = cast(Any, self)(ids, state.labels)[:, positions]
+        return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+
+    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
+        """Record tokens (B, n) or (B, n, G) at `positions` (n,); `mask_id` stands for one that is open again."""
+        assert isinstance(state, MaskedState)
+        n = positions.shape[-1]
+        state.tokens[:, positions] = tokens
+        state.order[state.length : state.length + n] = positions
+        state.length += n
+
+
+class MaskGIT(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
     """The class-conditional masked generator. The defaults are the released one of TiTok-L-32.
 
     Args:
@@ -126,8 +148,6 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
     """
 
     _no_split_modules = ("Block",)
-    causal = False
-    sampler = "MaskedSampler"
     training_options = frozenset({"label_smoothing", "unmasked_weight"})
     no_decay = ("pos_embed", "type_embed", "embeddings")
     """Name parts of parameters trained without weight decay, besides biases and 1-D tensors."""
@@ -239,21 +259,6 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, Generator):
     def start(self, cond: Cond, null: Cond | None = None) -> MaskedState:
         tokens = torch.full((len(cond), self.layout.length), self.mask_id, device=self.pos_embed.device)
         return MaskedState(tokens, cond.beside(null).labels, null is not None, self.mask_id)
-
-    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
-        """`inputs` are not read: an open position reads as the mask, a decided one as what was appended there."""
-        assert isinstance(state, MaskedState)
-        ids = torch.cat([state.tokens, state.tokens]) if state.guided else state.tokens
-        logits = self(ids, state.labels)[:, positions]
-        return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
-
-    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
-        """Record tokens (B, n) at `positions` (n,); `mask_id` stands for one that is open again."""
-        assert isinstance(state, MaskedState)
-        n = positions.shape[-1]
-        state.tokens[:, positions] = tokens
-        state.order[state.length : state.length + n] = positions
-        state.length += n
 
     # ---- training -----------------------------------------------------------------------------------------
 

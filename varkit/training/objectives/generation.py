@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import field
 from pathlib import Path
 from typing import Any, cast
@@ -89,9 +90,9 @@ class GeneratorTraining(Objective):
             )
         return self.fresh(sizes)
 
+    @abstractmethod
     def sizes(self, tokenizer: Any) -> dict[str, Any]:
         """The generator's constructor arguments that the tokenizer decides."""
-        raise NotImplementedError
 
     def fresh(self, sizes: dict[str, Any]) -> Any:
         """A new generator of these constructor arguments."""

@@ -74,12 +74,12 @@ def test_rewind_forgets_the_last_positions() -> None:
 def test_reset_forgets_all_and_keeps_the_memory() -> None:
     c = cache()
     fill(c, 6)
-    memory = c.keys.data_ptr()
+    memory = c.keys[0].data_ptr()
     c.reset()
     new = block(LENGTH)
     assert c.length == 0
     assert torch.equal(c.extend(2, *new)[0], new[0])
-    assert c.keys.data_ptr() == memory
+    assert c.keys[0].data_ptr() == memory
 
 
 def test_any_history_equals_concatenation() -> None:

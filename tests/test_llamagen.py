@@ -50,20 +50,20 @@ def test_grouped_heads_decode_as_they_train(kv_heads: int | None, text: bool) ->
         for group in (1, 5):  # also several positions at once
             torch.testing.assert_close(stepwise(model, tokens, cond, group), expected, atol=1e-4, rtol=1e-4)
     cache = model.start(cond).cache
-    assert cache.keys.shape[2] == (kv_heads or 4)
-    assert cache.keys.shape[3] == model.prefix_length + model.layout.length - 1
+    assert cache.keys[0].shape[1] == (kv_heads or 4)
+    assert cache.keys[0].shape[2] == model.prefix_length + model.layout.length - 1
 
 
 def test_decoding_grows_no_cache() -> None:
     model = small()
     state = model.start(classes(model, 2))
-    places = state.cache.keys.data_ptr(), state.cache.values.data_ptr()
+    places = state.cache.keys[0].data_ptr(), state.cache.values[0].data_ptr()
     tokens = random_tokens(model, 2)
     for positions in model.schedule():
         model.predict(state, tokens[:, positions], positions)
         model.append(state, tokens[:, positions], positions)
-    assert (state.cache.keys.data_ptr(), state.cache.values.data_ptr()) == places
-    assert state.cache.length == state.cache.keys.shape[3]
+    assert (state.cache.keys[0].data_ptr(), state.cache.values[0].data_ptr()) == places
+    assert state.cache.length == state.cache.keys[0].shape[2]
 
 
 def test_rotation_depends_on_distance_alone_and_silences_the_prefix() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import varkit
 from varkit import ClassToImagePipeline, NextGroupSampler, Rng
+from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.registry import create_model, list_models, model_entry
@@ -56,6 +57,7 @@ def _causal(name: str) -> bool:
 CAUSAL = [name for name in GENERATORS if _causal(name)]
 """Those of which one teacher-forced pass gives all predictions; the others follow their schedule."""
 MASKED = [name for name in GENERATORS if name not in CAUSAL]
+ONE_TOKEN = [name for name in CAUSAL if issubclass(type(create_model(name, **model_entry(name).tiny)), OneToken)]
 
 OFFICIAL_PARAMETERS = {
     "var_d16": 310_283_520,
@@ -414,6 +416,59 @@ def test_rewound_groups_leave_no_trace(name: str) -> None:
         assert state.length == 0
         first = model.predict(state, inputs[:, groups[0]], groups[0]).logits
         torch.testing.assert_close(first, expected[:, groups[0]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_TOKEN)
+def test_the_compiled_step_predicts_as_the_plain_one(name: str) -> None:
+    """One graph for all steps and batches of a size, also after going back, and with a batch before still held."""
+    torch._dynamo.reset()
+    model, tokenizer = tiny_pair(name)
+    tokens, cond = random_tokens(model, 3), classes(model, 3)
+    null = nothing(model, cond)
+    inputs = tokenizer.embed(tokens)
+    graphs: list[Any] = []
+
+    def count(graph: Any, example: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        for guided in (False, True):
+            expected = step_logits(model, tokens, inputs, cond, null if guided else None)
+            compiled = tiny(name)
+            compiled.load_state_dict(model.state_dict())
+            compiled.compile_decoding(backend=count)
+            held = compiled.start(cond, null if guided else None)
+            for _ in range(2):
+                got = step_logits(compiled, tokens, inputs, cond, null if guided else None)
+                torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+            assert held.length == 0
+            state = compiled.start(cond, null if guided else None)
+            groups = compiled.schedule()
+            for positions in groups[:3]:
+                compiled.predict(state, inputs[:, positions], positions)
+                compiled.append(state, tokens[:, positions], positions)
+            state.rewind(1)
+            again = compiled.predict(state, inputs[:, groups[2]], groups[2])
+            torch.testing.assert_close(again.logits[:, 0], expected[:, 2], atol=1e-5, rtol=1e-5)
+            assert graphs, "nothing was compiled"
+            assert len(graphs) == 1 + guided, "a step had other shapes than the one before"
+
+
+def test_a_compiled_step_reuses_its_memory_but_never_a_live_one() -> None:
+    name = ONE_TOKEN[0]
+    model = tiny(name).compile_decoding(backend="eager")
+    first = model.start(classes(model, 2))
+    where = first.cache.keys[0].data_ptr()
+    second = model.start(classes(model, 2))
+    assert second.cache.keys[0].data_ptr() != where
+    del first
+    third = model.start(classes(model, 2))
+    assert third.cache.keys[0].data_ptr() not in (second.cache.keys[0].data_ptr(),) and third.cache.length == 0
+    del second, third
+    kept = model.start(classes(model, 2)).cache.keys[0].data_ptr()
+    assert model.start(classes(model, 2)).cache.keys[0].data_ptr() == kept
+    assert len(model.start(classes(model, 3)).cache.keys[0]) == 3
 
 
 @pytest.mark.parametrize("name", GENERATORS)

@@ -20,10 +20,10 @@ import yaml
 from torch import Tensor
 
 from tests.test_training import CLASSIFIER, GENERATOR, SLICE, TOKENIZER, assert_same, exported, lines, recipe, weights
+from varkit.compiler import require_compiler
 from varkit.config import ConfigError
 from varkit.data import ImageTransform, open_images
 from varkit.training.checkpoint import Checkpoints
-from varkit.training.compiler import require_compiler
 from varkit.training.logbook import drop_later_lines, require_tracker
 from varkit.training.loop import train
 from varkit.training.objectives import classifier

@@ -270,12 +270,13 @@ def test_the_cache_is_sized_once_and_refuses_more() -> None:
     model = build()
     _, inputs, cond = data()
     state = model.start(cond, LabelCondition(3).null(cond))
-    assert state.cache.keys.shape == (2, 8, 2, 14, 16)  # layers, twice the images, heads, tokens, head width
-    where = state.cache.keys.data_ptr()
+    assert len(state.cache.keys) == 2  # layers
+    assert state.cache.keys[1].shape == (8, 2, 14, 16)  # twice the images, heads, tokens, head width
+    where = state.cache.keys[1].data_ptr()
     for positions in model.schedule():
         model.predict(state, inputs[:, positions], positions)
         model.append(state, inputs[:, positions], positions)
-    assert state.cache.keys.data_ptr() == where
+    assert state.cache.keys[1].data_ptr() == where
     with pytest.raises(ValueError, match="the cache holds 14 positions; 15 were asked for"):
         state.cache.extend(0, *torch.zeros(2, 8, 2, 1, 16))
     with pytest.raises(ValueError, match="cannot rewind 15 of 14"):

@@ -112,6 +112,9 @@ def sample(
     ),
     batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
     zoom: Annotated[int, typer.Option(min=1, max=16, help="Draw each pixel this often in a grid.")] = 1,
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Prepare decoding: weights repacked (CPU), CUDA graphs (GPU).")
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "float32",
     as_json: Json = False,
@@ -126,6 +129,8 @@ def sample(
     from varkit.pipelines.base import generate
 
     pipeline = open_pipeline(name, device, dtype)
+    if optimize:
+        pipeline.optimize_decoding()
     of_text = pipeline.transformer.condition == "text"
     if of_text and (not prompt or classes):
         raise ValueError(f"{name} draws from texts: give --prompt, and no --class")

@@ -22,10 +22,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.generators.llamagen import ClassPrefix, LlamaGenState
+from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.cache import KVCache
+from varkit.layers.cache import CacheSlots
 from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -45,7 +46,7 @@ def drop_labels(labels: Tensor, rng: Rng, rate: float, null: int) -> Tensor:
     return labels.masked_fill(u.to(labels.device) < rate, null)
 
 
-class ELM(HubMixin, ModelMixin, ConfigMixin, Generator):
+class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The next-token transformer, conditioned on a class. The defaults are the released L-2-12.
 
     Args:
@@ -170,20 +171,21 @@ class ELM(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
         prefix = self.cls_embedding(cond.beside(null))  # R 1 C
-        cache = KVCache(
+        cache = self.new_cache(
             layers=len(self.layers),
-            rows=len(prefix),
             heads=self.config.num_heads,
             length=self.layout.length,
+            like=prefix,
             head_dim=self.config.hidden_size // self.config.num_heads,
-            dtype=prefix.dtype,
-            device=prefix.device,
         )
         return LlamaGenState(cache, prefix, None, null is not None)
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next positions; several are predicted as if each input were right."""
         assert isinstance(state, LlamaGenState)
+        compiled = self.run_compiled(state, inputs, positions)
+        if compiled is not None:
+            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
         if state.guided:
             inputs = torch.cat([inputs, inputs])
         first = state.length
@@ -195,6 +197,12 @@ class ELM(HubMixin, ModelMixin, ConfigMixin, Generator):
             x = block(x, self.rotary, mask, state.cache, i, first)
         logits = self.logits(x)
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+
+    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+        x, mask = self.embed(inputs), slots.visible()
+        for i, block in enumerate(self.layers):
+            x = block(x, self.rotary, mask, slots, i, slots.positions)
+        return self.logits(x)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""

@@ -21,10 +21,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.cache import KVCache
+from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layout import TokenLayout
 from varkit.registry import ModelEntry, register_model
 from varkit.rng import Draw, Rng
@@ -40,7 +41,9 @@ class Block(nn.Module):
         self.mlp = FeedForward(dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, cache: KVCache | CacheSlots | None = None, layer: int = 0
+    ) -> Tensor:
         q, k, v = self.qkv(norm(x)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # R H n D/H each
         q, k = norm(q), norm(k)
         if cache is not None:
@@ -67,7 +70,7 @@ class FlexTokARState(State):
         self.cache.reset()
 
 
-class FlexTokAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+class FlexTokAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional GPT over ordered tokens.
 
     Args:
@@ -179,20 +182,21 @@ class FlexTokAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def start(self, cond: Cond, null: Cond | None = None) -> FlexTokARState:
         start = self.start_of(cond.beside(null).labels)
-        cache = KVCache(
+        cache = self.new_cache(
             layers=len(self.blocks),
-            rows=len(start),
             heads=self.config.num_heads,
             length=self.layout.length,
+            like=start,
             head_dim=self.config.hidden_size // self.config.num_heads,
-            dtype=start.dtype,
-            device=start.device,
         )
         return FlexTokARState(cache, start, guided=null is not None)
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next token; or several, each of which sees those before it."""
         assert isinstance(state, FlexTokARState)
+        compiled = self.run_compiled(state, inputs, positions)
+        if compiled is not None:
+            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
         if state.guided:
             inputs = torch.cat([inputs, inputs])
         n, first = inputs.shape[1], state.length
@@ -202,6 +206,12 @@ class FlexTokAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             x = block(x, mask, state.cache, i)
         logits = self.head(norm(x)).float()
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+
+    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+        x, mask = self.token_embedding(inputs) + self.positions[slots.positions], slots.visible()
+        for i, block in enumerate(self.blocks):
+            x = block(x, mask, slots, i)
+        return self.head(norm(x)).float()
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of what was read, not of what was decided."""

@@ -25,10 +25,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.cache import KVCache
+from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -100,7 +101,7 @@ class LlamaGenState(State):
         self.rewind(self.length)
 
 
-class LlamaGen(HubMixin, ModelMixin, ConfigMixin, Generator):
+class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The next-token transformer, conditioned on a class or on a text. The defaults are the released GPT-B at 256 px.
 
     Args:
@@ -285,14 +286,12 @@ class LlamaGen(HubMixin, ModelMixin, ConfigMixin, Generator):
     def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
         both = cond.beside(null)
         prefix = self.prefix(both)  # R T C
-        cache = KVCache(
+        cache = self.new_cache(
             layers=len(self.layers),
-            rows=len(prefix),
             heads=self.config.kv_heads or self.config.num_heads,
             length=self.prefix_length + self.layout.length - 1,
+            like=prefix,
             head_dim=self.config.hidden_size // self.config.num_heads,
-            dtype=prefix.dtype,
-            device=prefix.device,
         )
         visible = self.visible(both)
         return LlamaGenState(cache, prefix, None if visible is None else visible.to(prefix.device), null is not None)
@@ -300,6 +299,9 @@ class LlamaGen(HubMixin, ModelMixin, ConfigMixin, Generator):
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next positions; several are predicted as if each input were right."""
         assert isinstance(state, LlamaGenState)
+        compiled = self.run_compiled(state, inputs, positions, state.visible)
+        if compiled is not None:
+            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
         if state.guided:
             inputs = torch.cat([inputs, inputs])
         first = state.cache.length
@@ -318,6 +320,14 @@ class LlamaGen(HubMixin, ModelMixin, ConfigMixin, Generator):
             x = block(x, self.rotary, mask, state.cache, i, first)
         logits = self.logits(x[:, -count:])
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+
+    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+        (visible,) = extra
+        mask = slots.visible() if visible is None else slots.visible() & visible[:, None, None]
+        x = self.tok_embeddings(inputs)
+        for i, block in enumerate(self.layers):
+            x = block(x, self.rotary, mask, slots, i, slots.positions)
+        return self.logits(x)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""

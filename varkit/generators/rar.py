@@ -21,10 +21,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.cache import KVCache
+from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layout import TokenLayout
 from varkit.orders import random_orders, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None, cache: KVCache | CacheSlots | None, layer: int) -> Tensor:
         """mask: (S, S) bool over a cached sequence; None is causal without a cache, all keys with one."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # B H S D each
         q, k = self.q_norm(q), self.k_norm(k)
@@ -86,7 +87,12 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
 
     def forward(
-        self, x: Tensor, cond: Tensor, mask: Tensor | None = None, cache: KVCache | None = None, layer: int = 0
+        self,
+        x: Tensor,
+        cond: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | CacheSlots | None = None,
+        layer: int = 0,
     ) -> Tensor:
         """x, cond: (B, S, C)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(cond).chunk(6, -1)
@@ -126,7 +132,7 @@ class RARState(State):
         self.rewind(self.length)
 
 
-class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+class RAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional randomised autoregressive transformer. The defaults are the released RAR-B.
 
     Args:
@@ -267,20 +273,22 @@ class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def start(self, cond: Cond, null: Cond | None = None) -> RARState:
         vector = self.embed_classes(cond.beside(null).labels)  # R C, R = B or 2 B
-        cache = KVCache(
+        cache = self.new_cache(
             layers=len(self.blocks),
-            rows=vector.shape[0],
             heads=self.config.num_heads,
             length=self.layout.length + 1,
+            like=vector,
             head_dim=self.config.hidden_size // self.config.num_heads,
-            dtype=vector.dtype,
-            device=vector.device,
         )
         return RARState(cache, vector, null is not None, self.layout.length)
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next positions (n,): `inputs[:, i]` is the token that was decided before `positions[i]`."""
         assert isinstance(state, RARState)
+        before = state.order[state.length - 1 : state.length]  # of the token that is read
+        compiled = self.run_compiled(state, inputs, positions, before, state.cond)
+        if compiled is not None:
+            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
         if state.guided:
             inputs = torch.cat([inputs, inputs])
         start, first = state.cache.length, state.length == 0
@@ -288,7 +296,7 @@ class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         if first:
             x = self.embed_sequence(state.cond, inputs[:, 1:], positions[None])
         else:
-            before = torch.cat([state.order[state.length - 1 : state.length], positions[:-1]])
+            before = torch.cat([before, positions[:-1]])
             x = self.embeddings(inputs) + self.pos_embed[0, before + 2] + target
         end = start + x.shape[1]
         each = state.cond[:, None] + self.timesteps_embeddings[:, start:end]
@@ -299,6 +307,15 @@ class RAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             x, each = x[:, 1:], each[:, 1:]
         logits = self.lm_head(self.adaln_before_head(x, each)).float()
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+
+    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+        before, cond = extra
+        x = self.embeddings(inputs) + self.pos_embed[0, before + 2] + self.target_aware_pos_embed[0, positions + 2]
+        each = cond[:, None] + self.timesteps_embeddings[:, slots.positions]
+        mask = slots.visible()
+        for i, block in enumerate(self.blocks):
+            x = block(x, each, mask, slots, i)
+        return self.lm_head(self.adaln_before_head(x, each)).float()
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         assert isinstance(state, RARState)

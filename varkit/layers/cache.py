@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,9 +25,10 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (layers, rows, heads, length, head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (rows, heads, length, head_dim)
+        self.keys, self.values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
+        )
         self.length = 0  # positions that are final
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +38,12 @@ class KVCache:
         Raises: ValueError when the cache is too short.
         """
         end = self.length + k.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions; {end} were asked for")
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        keys, values = self.keys[layer], self.values[layer]
+        if end > keys.shape[2]:
+            raise ValueError(f"the cache holds {keys.shape[2]} positions; {end} were asked for")
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, count: int) -> None:
         """Make the last `count` written positions final."""
@@ -53,3 +57,25 @@ class KVCache:
 
     def reset(self) -> None:
         self.length = 0
+
+
+class CacheSlots:
+    """The memory of a `KVCache`, written where a tensor says and read whole: shapes never change.
+
+    Args: keys, values: (rows, heads, length, head_dim), one a layer.   positions: (n,) int64, where `extend` writes.
+    """
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], positions: Tensor) -> None:
+        self.keys, self.values, self.positions = keys, values, positions
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """As that of `KVCache`, but what is behind the written positions comes too: `visible` hides it."""
+        return (
+            self.keys[layer].index_copy_(2, self.positions, k),
+            self.values[layer].index_copy_(2, self.positions, v),
+        )
+
+    def visible(self) -> Tensor:
+        """(1, 1, n, length) bool: each written position sees itself and those before it."""
+        every = torch.arange(self.keys[0].shape[2], device=self.positions.device)
+        return (every <= self.positions[:, None])[None, None]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkit.layers.cache import KVCache
+from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layers.drop_path import DropPath
 from varkit.layout import Grid
 
@@ -58,11 +58,11 @@ class Rotary(nn.Module):
         """(T + L, D / 2, 2): cosine and sine."""
         return torch.cat([self.cos, self.sin[..., 1:]], -1)[:, 0]
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """(B, n, heads, D) of sequence positions `start` onward; float32 inside."""
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """(B, n, heads, D) of sequence positions `start` onward, or of the positions (n,) given; float32 inside."""
         pairs = x.float().unflatten(-1, (-1, 2))
-        end = start + x.shape[1]
-        turned = torch.addcmul(pairs * self.cos[start:end], pairs.flip(-1), self.sin[start:end])
+        where = start if isinstance(start, Tensor) else slice(start, start + x.shape[1])
+        turned = torch.addcmul(pairs * self.cos[where], pairs.flip(-1), self.sin[where])
         return turned.flatten(-2).type_as(x)
 
 
@@ -99,7 +99,13 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, x: Tensor, rotary: Rotary, mask: Tensor | None, cache: KVCache | None, layer: int, start: int
+        self,
+        x: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None,
+        cache: KVCache | CacheSlots | None,
+        layer: int,
+        start: int | Tensor,
     ) -> Tensor:
         """mask: bool, True is seen; None is everything, or, if this attention is causal, what is not later: where
         there is one query, that is everything too."""
@@ -162,9 +168,9 @@ class Block(nn.Module):
         x: Tensor,
         rotary: Rotary,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheSlots | None = None,
         layer: int = 0,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> Tensor:
         x = x + self.drop_path(self.attention(self.attention_norm(x), rotary, mask, cache, layer, start))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))

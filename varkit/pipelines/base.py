@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from varkit import registry
+from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond
+from varkit.layers.packed import can_pack, pack_linears
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known, StepInfo
@@ -46,6 +48,32 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
         registry.list_models()
         return super().from_pretrained(*args, **kwargs)
+
+    def optimize_decoding(self, **settings: Any) -> Self:
+        """Prepare the transformer for drawing fast, once; images may differ from those before by rounding.
+
+        On CUDA the step of one token becomes a CUDA graph (`OneToken.compile_decoding`), and so it does anywhere with
+        `settings` of torch.compile. On a CPU in float32 the weights are repacked (`varkit.layers.packed`), which takes
+        a second copy of them.
+        Raises: ValueError where there is nothing to prepare.
+        """
+        transformer = self.transformer
+        device, dtype = transformer.device, transformer.dtype
+        if device.type == "cpu" and not settings:
+            if dtype != torch.float32 or not can_pack():
+                raise ValueError(
+                    f"on a CPU decoding is prepared by repacking float32 weights with oneDNN; this model is {dtype}, "
+                    f"oneDNN is {'there' if can_pack() else 'not there'}. Leave it out, or give settings of torch.compile"
+                )
+            pack_linears(transformer)
+        elif isinstance(transformer, OneToken):
+            transformer.compile_decoding(**settings)
+        else:
+            raise ValueError(
+                f"{type(transformer).__name__} does not decide one token a step, so there is no step to compile; "
+                f"torch.compile(pipeline.transformer) does what is possible"
+            )
+        return self
 
     @staticmethod
     def check_call(output_type: str, num_images_per_prompt: int) -> None:

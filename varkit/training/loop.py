@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from varkit.compiler import require_compiler
 from varkit.config import ConfigError
 from varkit.data.codes import CodeSet, is_code_folder
 from varkit.data.images import ImageDataset, collate, open_images
@@ -34,7 +35,6 @@ from varkit.pictures import grid, save_png, to_pil
 from varkit.rng import Rng
 from varkit.training.batches import StepBatches
 from varkit.training.checkpoint import Checkpoints, replace_folder
-from varkit.training.compiler import require_compiler
 from varkit.training.flops import FlopMeter
 from varkit.training.logbook import Window, drop_later_lines, require_tracker, tracker_options, write_line
 from varkit.training.objectives import build_objective

@@ -245,7 +245,10 @@ def eval_(
     bounds: Annotated[
         str | None, typer.Option(help="Held-out real images (fashion-mnist:test), scored too, and reconstructed.")
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Of a flexible tokenizer: tokens, separated by commas.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", "--lengths", help="Of a model that can stop early, or a flexible tokenizer: 1,2,4,8."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report that opens in a browser (extra `eval`).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON, for `varkit compare`.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the network at once.")] = 32,
@@ -271,7 +274,7 @@ def eval_(
         guidance=numbers(guidance, "--guidance", float),
         sampling=sampling,
         bounds=bounds,
-        lengths=numbers(lengths, "--lengths", int),
+        lengths=numbers(tokens, "--tokens", int),
         weights=weights,
         download=download,
         device=device,
@@ -311,7 +314,7 @@ def typed(context: typer.Context) -> str:
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         else:
             for one in value if isinstance(value, (list, tuple)) else [value]:
-                words += [max(parameter.opts, key=len), str(one)]
+                words += [next(o for o in parameter.opts if o.startswith("--")), str(one)]
     return shlex.join(words)
 
 

@@ -275,6 +275,11 @@ def reconstruction_report(tokenizer: Any, batches: Iterable[Tensor], *, lpips: S
     return {**metrics.means(), **(use.compute() if use is not None else {})}
 
 
+def takes_lengths(tokenizer: Any) -> bool:
+    """Whether it decodes any number of its first tokens: `decode(tokens, lengths=n)`."""
+    return "lengths" in inspect.signature(tokenizer.decode).parameters
+
+
 @torch.no_grad()
 def reconstruction_curve(
     tokenizer: Any, batches: Iterable[Tensor], lengths: Sequence[int], *, lpips: Sequence[LPIPS] = ()
@@ -288,7 +293,7 @@ def reconstruction_curve(
     Raises: ValueError for a tokenizer without `lengths`, and other lengths.
     """
     name, longest = type(tokenizer).__name__, tokenizer.layout.length
-    if "lengths" not in inspect.signature(tokenizer.decode).parameters:
+    if not takes_lengths(tokenizer):
         raise ValueError(
             f"{name} always decodes all of its {longest} tokens; a curve needs a tokenizer of flexible length, "
             "whose decode takes `lengths`"

@@ -604,6 +604,15 @@ def test_a_model_that_can_stop_early_is_scored_over_its_tokens_beside_reconstruc
     assert "FD(classifier), over tokens" in html(report)
 
 
+def test_a_tokenizer_is_scored_over_its_tokens_with_the_codes_in_use(flexible: Any) -> None:
+    report = run(flexible, halves()[1][:8], num=8, protocol="fashion-rec", lengths=[1, 6], metrics=["psnr", "codebook"],
+                 overrides=SMALL[2:])  # fmt: skip
+    for result, n in zip(report.results, (1, 6), strict=True):
+        assert result.settings["length"] == n
+        assert f"codes in {8 * n} tokens" in result.score("codebook").how
+    assert {c.title for c in report.results[1].curves} == {"PSNR", "codes used", "perplexity"}
+
+
 def test_eval_and_sampling_decode_each_image_from_its_own_noise(flexible: Any) -> None:
     """Drawn alone or in a batch an image is the same; equal tokens do not give equal images."""
     together = draw(flexible, [0, 1, 2], [3, 3, 3], seed=0, num_tokens=1)

@@ -222,7 +222,7 @@ def _run(
                 one = found.setdefault(length, Seen(lpips, layout))
                 one.metrics.update(made, batch.to(made.device))
                 if one.use is not None and ids is not None:
-                    one.use.update(ids if length is None else ids[:, :length])
+                    one.use.update(ids[:, :length], first=length is not None)
                 if "frechet" in protocol.metrics:
                     one.take(network(made.to(options.where), ["features"])["features"].detach().cpu(), protocol)
                 for i in shown.intersection(indices):

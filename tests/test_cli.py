@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import Result
 from PIL import Image
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import varkit
@@ -169,7 +171,18 @@ def test_reconstruct_reports_and_draws(model: Path, tmp_path: Path) -> None:
     assert "no tokenizer at 'nothing'" in refused("reconstruct", "nothing", SLICE, "--out", tmp_path)
 
 
-def test_reconstruct_from_as_many_tokens_as_are_asked_for_or_needed(tmp_path: Path, model: Path) -> None:
+class Distance(nn.Module):
+    """In the place of LPIPS: the mean difference."""
+
+    trunk, smallest, shift = "alex", 8, torch.zeros(1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().flatten(1).mean(1)
+
+
+def test_reconstruct_from_as_many_tokens_as_are_asked_for_or_needed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     entry = model_entry("flextok_fashion")
     tokenizer = liven(create_model("flextok_fashion", **entry.tiny), 0.05)
     tokenizer.save_pretrained(tmp_path / "flextok")
@@ -186,6 +199,12 @@ def test_reconstruct_from_as_many_tokens_as_are_asked_for_or_needed(tmp_path: Pa
     assert "lengths" not in whole and whole["tokens"] == 160 and whole["psnr"] != fixed["psnr"]
     assert "in 1 .. 8" in refused(*words, "--tokens", 9)
     assert "give one of" in refused(*words, "--tokens", 2, "--psnr", 20)
+    monkeypatch.setattr("varkit.metrics.reconstruction.find_lpips", lambda *args, **options: Distance())
+    near = json.loads(run(*words, "--lpips", 9, "--json").stdout)
+    assert near["lengths"] == [1] * 20 and near["lpips_alex"] < 9
+    assert json.loads(run(*words, "--lpips", 0, "--json").stdout)["lengths"] == [8] * 20
+    monkeypatch.setattr(Distance, "smallest", 32)
+    assert "LPIPS needs 32 pixels" in refused(*words, "--lpips", 0.1)
     assert "always decodes all" in refused("reconstruct", model, *words[2:], "--tokens", 2)
 
 

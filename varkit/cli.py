@@ -208,8 +208,10 @@ def reconstruct(
     """Send images through a tokenizer and back; report PSNR, SSIM and the use of the codebook, scale by scale."""
     from varkit.metrics.reconstruction import reconstruct_folder
 
-    choice = {"tokens": tokens, "target_psnr": psnr, "target_lpips": lpips}
-    result = reconstruct_folder(name, images, out, num=num, mode=mode, split=split, root=root, device=device, **choice)
+    result = reconstruct_folder(
+        name, images, out, num=num, mode=mode, split=split, root=root, device=device, tokens=tokens, target_psnr=psnr,
+        target_lpips=lpips
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -11,15 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from click.testing import Result
 from PIL import Image
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import varkit
 from tests.test_demo import save_tiny
+from tests.test_models import liven
 from varkit.cli import app
 from varkit.pictures import read_settings
+from varkit.registry import create_model, model_entry
 
 ROOT = Path(__file__).parents[1]
 SLICE = ROOT / "tests" / "data" / "fashion_slice.npz"
@@ -165,6 +169,43 @@ def test_reconstruct_reports_and_draws(model: Path, tmp_path: Path) -> None:
     assert first.size == second.size == (8 * 10 + 2, 3 * 10 + 2)
     assert f"PSNR {result['psnr']:.2f} dB" in run(*words).stdout
     assert "no tokenizer at 'nothing'" in refused("reconstruct", "nothing", SLICE, "--out", tmp_path)
+
+
+class Distance(nn.Module):
+    """In the place of LPIPS: the mean difference."""
+
+    trunk, smallest, shift = "alex", 8, torch.zeros(1)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().flatten(1).mean(1)
+
+
+def test_reconstruct_from_as_many_tokens_as_are_asked_for_or_needed(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = model_entry("flextok_fashion")
+    tokenizer = liven(create_model("flextok_fashion", **entry.tiny), 0.05)
+    tokenizer.save_pretrained(tmp_path / "flextok")
+    words = ["reconstruct", tmp_path / "flextok", SLICE, "--mode", "squash", "--num", 20, "--out", tmp_path]
+    fixed = json.loads(run(*words, "--tokens", 2, "--json").stdout)
+    assert fixed["lengths"] == [2] * 20 and fixed["tokens"] == 40
+    reachable = json.loads(run(*words, "--psnr", fixed["psnr"], "--json").stdout)
+    assert set(reachable["lengths"]) <= {1, 2, 4, 8} and len(reachable["lengths"]) == 20
+    assert len(set(reachable["lengths"])) > 1
+    assert reachable["tokens"] == sum(reachable["lengths"])
+    said = run(*words, "--psnr", 99).stdout
+    assert "tokens      : 8.0 an image; 8 for 20" in said
+    whole = json.loads(run(*words, "--json").stdout)
+    assert "lengths" not in whole and whole["tokens"] == 160 and whole["psnr"] != fixed["psnr"]
+    assert "in 1 .. 8" in refused(*words, "--tokens", 9)
+    assert "give one of" in refused(*words, "--tokens", 2, "--psnr", 20)
+    monkeypatch.setattr("varkit.metrics.reconstruction.find_lpips", lambda *args, **options: Distance())
+    near = json.loads(run(*words, "--lpips", 9, "--json").stdout)
+    assert near["lengths"] == [1] * 20 and near["lpips_alex"] < 9
+    assert json.loads(run(*words, "--lpips", 0, "--json").stdout)["lengths"] == [8] * 20
+    monkeypatch.setattr(Distance, "smallest", 32)
+    assert "LPIPS needs 32 pixels" in refused(*words, "--lpips", 0.1)
+    assert "always decodes all" in refused("reconstruct", model, *words[2:], "--tokens", 2)
 
 
 def test_data_check_counts_and_names_what_is_broken(tmp_path: Path) -> None:

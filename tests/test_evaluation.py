@@ -15,12 +15,14 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tests.conftest import HERE
+from tests.test_models import liven
 from varkit.cli import app
 from varkit.data.video import open_videos
 from varkit.metrics.collect import Wanted, collect
 from varkit.metrics.evaluate import Options, evaluate, prepare
 from varkit.metrics.evaluate_videos import frames_as_images
 from varkit.metrics.fid import FeatureStatistics, frechet_distance
+from varkit.metrics.html import html
 from varkit.metrics.i3d import I3D
 from varkit.metrics.inception import InceptionV3
 from varkit.metrics.networks import FeatureNetwork, classifier_network
@@ -28,7 +30,10 @@ from varkit.metrics.protocol import load_protocol, shipped_protocols
 from varkit.metrics.reference import read_statistics
 from varkit.metrics.report import Report
 from varkit.metrics.sets import stored_set, tensor_set
-from varkit.pipelines.auto import ZOO
+from varkit.metrics.sources import reconstructed_set
+from varkit.pipelines.auto import ZOO, assemble
+from varkit.pipelines.sample_set import draw
+from varkit.registry import create_model, model_entry
 
 SLICE = HERE / "data" / "fashion_slice.npz"
 CPU = torch.device("cpu")
@@ -547,7 +552,7 @@ class Flexible:
     def encode(self, images: Tensor) -> Tensor:
         return images.transpose(1, 2).flatten(2)
 
-    def decode(self, tokens: Tensor, lengths: int | None = None) -> Tensor:
+    def decode(self, tokens: Tensor, rng: Any = None, *, lengths: int | None = None) -> Tensor:
         kept = tokens.clone()
         kept[:, lengths:] = 0
         return kept.unflatten(2, (3, 32)).transpose(1, 2)
@@ -567,6 +572,74 @@ def test_a_flexible_tokenizer_gives_a_curve_over_its_lengths() -> None:
         evaluate(Flexible(), b, protocol="fashion-rec", num=150, lengths=[33], device="cpu")
     with pytest.raises(ValueError, match="always decodes all"):
         evaluate("fashion-var", b, protocol="fashion-rec", num=150, lengths=[8], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def flexible() -> Any:
+    """A tiny FlexTok of 6 tokens that reads 32x32, and a GPT over them."""
+    entry = model_entry("flextok_ar_fashion")
+    tiny = {**entry.tiny_tokenizer, "vae_config": {**entry.tiny_tokenizer["vae_config"], "image_size": 32}}
+    tokenizer = liven(create_model("flextok_fashion", **tiny), 0.05)
+    return assemble(liven(create_model("flextok_ar_fashion", **entry.tiny), 0.05), tokenizer, {})
+
+
+def test_a_model_that_can_stop_early_is_scored_over_its_tokens_beside_reconstructions(
+    flexible: Any, tmp_path: Path
+) -> None:
+    _, b = halves()
+    bounds = str(save_npz(tmp_path / "b.npz", b[:20]))
+    report = run(flexible, b, num=12, lengths=[6, 1, 2], guidance=[1.0, 2.0], bounds=bounds, cache=False)
+    real, *others = report.results
+    back, drawn = others[:3], others[3:]
+    assert real.settings.get("length") is None and [r.settings["length"] for r in back] == [6, 1, 2]
+    assert [(r.settings["guidance_scale"], r.settings["num_tokens"]) for r in drawn] == [
+        (w, n) for w in (1.0, 2.0) for n in (6, 1, 2)
+    ]
+    assert len({r.name for r in report.results}) == len(report.results)
+    for last, of in ((back[2], back), (drawn[2], drawn[:3]), (drawn[5], drawn[3:])):
+        (curve,) = last.curves
+        assert (curve.x_title, curve.at) == ("tokens", [1, 2, 6])
+        assert curve.values == [of[i].score("frechet").value for i in (1, 2, 0)] and len(set(curve.values)) == 3
+    assert sum(len(r.curves) for r in report.results) == 3
+    assert "FD(classifier), over tokens" in html(report)
+
+
+def test_a_tokenizer_is_scored_over_its_tokens_with_the_codes_in_use(flexible: Any) -> None:
+    report = run(flexible, halves()[1][:8], num=8, protocol="fashion-rec", lengths=[1, 6], metrics=["psnr", "codebook"],
+                 overrides=SMALL[2:])  # fmt: skip
+    for result, n in zip(report.results, (1, 6), strict=True):
+        assert result.settings["length"] == n
+        assert f"codes in {8 * n} tokens" in result.score("codebook").how
+    assert {c.title for c in report.results[1].curves} == {"PSNR", "codes used", "perplexity"}
+
+
+def test_eval_and_sampling_decode_each_image_from_its_own_noise(flexible: Any) -> None:
+    """Drawn alone or in a batch an image is the same; equal tokens do not give equal images."""
+    together = draw(flexible, [0, 1, 2], [3, 3, 3], seed=0, num_tokens=1)
+    alone = draw(flexible, [2], [3], seed=0, num_tokens=1)
+    assert (alone[0].int() - together[2].int()).abs().max() <= 1
+    one = halves()[0][:1].expand(3, -1, -1, -1)
+    made = reconstructed_set(flexible.image_tokenizer, tensor_set(one), "", load_protocol("fashion"), CPU, 1)
+    assert not torch.equal(made.read([0])[0], made.read([1])[0])
+    assert torch.equal(made.read([1]), made.read([0, 1])[1:])
+
+
+def test_tokens_that_cannot_be_chosen_are_refused(flexible: Any) -> None:
+    a, b = halves()
+    with pytest.raises(ValueError, match="can stop after 1 to 6 tokens; got num_tokens=9"):
+        run(flexible, b, num=4, lengths=[9])
+    with pytest.raises(ValueError, match="no model"):
+        run(a, b, lengths=[2])
+    with pytest.raises(ValueError, match="can stop after 1, 5, "):
+        run("fashion-var", b, num=4, lengths=[2])
+    with pytest.raises(ValueError, match="videos"):
+        run(a, b, num=None, protocol="fvd-larp-ucf101", metrics=(), overrides=(), lengths=[2])  # type: ignore[arg-type]
+    entry = model_entry("llamagen_fashion")
+    pipeline = assemble(
+        create_model("llamagen_fashion", **entry.tiny), create_model(str(entry.tokenizer), **entry.tiny_tokenizer), {}
+    )
+    with pytest.raises(ValueError, match="decodes all of its"):
+        run(pipeline, b, num=4, lengths=[2])
 
 
 # ---- videos -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from tests.test_models import liven
+from tests.test_training import exported, lines, recipe, signal_at, weights
 from varkit import ClassToImagePipeline, NextGroupSampler, Rng
 from varkit.checkpoints import flextok as keys
 from varkit.checkpoints.convert import convert
@@ -28,6 +30,7 @@ from varkit.registry import create_model, model_entry
 from varkit.samplers.ode import ProjectedGuidance, classifier_free, euler, guided, heun, integrate, times
 from varkit.tokenizers.flextok import FSQ, FlexTok, attention_mask, from_patches, to_patches
 from varkit.tokenizers.kl_vae import KLVAE
+from varkit.training.loop import train
 from varkit.training.objectives import build_objective, objective_config
 
 OFFICIAL = json.loads((Path(__file__).parent / "checkpoints" / "flextok_d12_d12_in1k.json").read_text())["constructor"]
@@ -192,7 +195,7 @@ def test_registers_are_ordered() -> None:
     latents = torch.randn(1, 4, 8, 8)
     before = model.encode_latents(latents)[2]
     with torch.no_grad():
-        model.encoder.module_dict["enc_register_module"]["registers"][5] += 1
+        model.encoder.module_dict["enc_register_module"]["registers"][5].neg_()  # a shift would be normalised away
         after = model.encode_latents(latents)[2]
     assert torch.equal(after[:, :5], before[:, :5]) and (after != before)[:, 5:].any(-1).all()
 
@@ -288,6 +291,82 @@ def test_training_reaches_every_parameter_but_those_that_are_fixed() -> None:
     }
     unused = [k for k, p in model.named_parameters() if k not in fixed and (p.grad is None or not p.grad.any())]
     assert not unused
+
+
+def test_the_quantiser_may_be_passed_and_tokens_replaced_in_training() -> None:
+    model = tiny(drop_quant_p=0.3, corrupt_tokens_p=0.5, min_corrupt_tokens_p=0.1, apply_corrupt_tokens_p=0.4)
+    rng, levels = Rng.from_seed(0, 2000), model.regularizer
+    z = torch.randn(2000, 8, 3).requires_grad_()
+    values = levels(z)
+    dropped = tiny(drop_quant_p=0.3).disturbed(z, values, rng)
+    smooth = (dropped == levels.unrounded(z)).flatten(1).all(1)
+    assert smooth.float().mean().item() == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(dropped[~smooth], values[~smooth])
+    dropped.sum().backward()
+    assert z.grad is not None and (z.grad > 0).all()  # the same gradient, rounded or not
+    replaced = tiny(corrupt_tokens_p=0.5, min_corrupt_tokens_p=0.1, apply_corrupt_tokens_p=0.4).disturbed(
+        z, values, rng
+    )
+    other = (replaced != values).any(-1)  # 2000 8: one draw of 36 is the token's own
+    touched = other.any(1)
+    assert touched.float().mean().item() == pytest.approx(0.4 * 0.88, abs=0.04)
+    assert other.float().mean().item() == pytest.approx(0.4 * 0.3 * 35 / 36, abs=0.02)
+    ids = levels.ids(replaced)[other]
+    assert torch.equal(levels.vectors(levels.ids(replaced)), replaced.detach())
+    assert torch.bincount(ids, minlength=36).min() > 0.5 * len(ids) / 36
+    both = model.disturbed(z, values, rng)
+    assert torch.equal(both[other], replaced[other])
+    assert (both[~other] != dropped[~other]).any(-1).float().mean() < 0.01  # replaced by what it was
+    part = model.disturbed(z[5:9], values[5:9], rng[5:9])
+    assert torch.equal(part, both[5:9])
+
+
+def test_what_disturbs_the_quantiser_is_for_training_alone() -> None:
+    plain, model = tiny(), tiny(drop_quant_p=1.0, corrupt_tokens_p=1.0, apply_corrupt_tokens_p=1.0)
+    model.load_state_dict(plain.state_dict())
+    images, rng = some_images(model, 4), Rng.from_seed(0, 4)
+    assert torch.equal(model.eval().encode(images), plain.eval().encode(images))
+    assert torch.equal(model(images, rng)["loss"], plain(images, rng)["loss"])
+    assert not torch.equal(model.train()(images, rng)["loss"], plain.train()(images, rng)["loss"])
+    for wrong in ({"drop_quant_p": -0.1}, {"corrupt_tokens_p": 2}, {"min_corrupt_tokens_p": 3}):
+        with pytest.raises(ValueError, match="is a share"):
+            tiny(**wrong)
+
+
+def test_hidden_patches_are_those_after_a_block_and_cost_nothing_else() -> None:
+    model = tiny().train()
+    images, rng = some_images(model, 3), Rng.from_seed(0, 3)
+    plain = model(images, rng)
+    seen: list[Tensor] = []
+    block = model.decoder.module_dict["dec_transformer"].blocks[1]
+    handle = block.register_forward_hook(lambda module, args, out: seen.append(out))
+    told = model(images, rng, hidden_layer=1)
+    handle.remove()
+    hidden = told.pop("hidden")
+    assert plain.keys() == told.keys() and torch.equal(plain["loss"], told["loss"])
+    assert hidden.shape == (3, 16, 4, 4) and torch.equal(hidden.flatten(2).transpose(1, 2), seen[0][:, :16])
+    assert not torch.equal(hidden, model(images, rng, hidden_layer=0)["hidden"])
+
+
+def test_mup_keeps_the_scale_of_every_layer_over_widths() -> None:
+    """From one width to four times as much: inputs stay, hidden weights fall as the root of it, ends are zero."""
+    torch.manual_seed(0)
+    found = {}
+    for width in (64, 256):
+        model = FlexTok(**{**model_entry("flextok_fashion").tiny, "encoder_width": width, "decoder_width": width})
+        model.init_weights_mup(64)
+        found[width] = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    for name, first in found[64].items():
+        small, large = first.std().item(), found[256][name].std().item()
+        if any(n in name for n in ("adaLN", "to_patches", "to_latents")) or name.endswith("bias"):
+            assert small == large == 0
+        elif name.endswith(("registers", "posembs", "token", "nullcond")):
+            assert large == pytest.approx(0.02, rel=0.2)
+        else:
+            fixed = any(n in name for n in ("patch_proj", "from_latents", "time_embedder.mlp.0"))
+            assert large == pytest.approx(small / (1 if fixed else 2), rel=0.1), name
+            if first.shape[0] == first.shape[1]:
+                assert small == pytest.approx(64**-0.5, rel=0.1)  # Xavier of a square layer
 
 
 # ---- released files -------------------------------------------------------------------------------------------
@@ -437,6 +516,95 @@ def test_the_autoencoder_learns_and_measures_its_latents(tmp_path: Path) -> None
     assert {k: p.requires_grad for k, p in again.named_parameters()} == {
         k: p.requires_grad for k, p in second.named_parameters()
     }
+
+
+REPA = {"encoder": "test_vit.r160_in1k", "weights": "none", "size": 48}
+
+
+@pytest.fixture(scope="module", name="vae")
+def _vae(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("vae")
+    liven(KLVAE(**TINY_VAE), 0.05).save_pretrained(folder)
+    return str(folder)
+
+
+def flextok_objective(vae: str, **more: Any) -> Any:
+    sizes = {k: v for k, v in model_entry("flextok_fashion").tiny.items() if k != "vae_config"}
+    torch.manual_seed(0)
+    section = {"name": "flextok", "model": "flextok_fashion", "model_overrides": sizes, "vae": vae, **more}
+    return build_objective(objective_config(section), []).train()
+
+
+def test_repa_adds_a_loss_that_reaches_the_early_decoder_and_falls(vae: str) -> None:
+    plain, aligned = flextok_objective(vae), flextok_objective(vae, repa={**REPA, "layer": 0, "weight": 0.5})
+    assert all(torch.equal(p, dict(aligned.named_parameters())[k]) for k, p in plain.named_parameters())
+    images, rng = some_images(plain.tokenizer, 8), Rng.from_seed(0, 8)
+    first, second = (o({"images": images}, "main", 0, 10, rng) for o in (plain, aligned))
+    torch.testing.assert_close(second["loss"], first["loss"] + 0.5 * second["repa"])
+    assert aligned.validate({"images": images}, rng).keys() == plain.validate({"images": images}, rng).keys()
+    grid = aligned.frozen("encoder").maps(images)
+    assert grid.shape == (8, 64, 3, 3)  # 48 pixels in patches of 16; the decoder has 4x4
+    network = aligned.trained("main")
+    assert {id(p) for p in network.parameters()} > {id(p) for p in aligned.tokenizer.parameters()}
+    assert not any("encoder.model" in k for k in aligned.state_dict())
+    second["repa"].backward()
+    blocks = aligned.tokenizer.decoder.module_dict["dec_transformer"].blocks
+    reached = [any(p.grad is not None and bool(p.grad.any()) for p in block.parameters()) for block in blocks]
+    assert reached == [True, False]
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 3e-3)
+    values = []
+    for _ in range(25):
+        losses = aligned({"images": images}, "main", 0, 10, rng)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+        values.append(float(losses["repa"].detach()))
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_repa_runs_resumes_and_exports_the_tokenizer_alone(
+    vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {k: v for k, v in model_entry("flextok_fashion").tiny.items() if k != "vae_config"}
+    section = {"name": "flextok", "model": "flextok_fashion", "model_overrides": sizes, "vae": vae, "repa": REPA}
+    quick = ("loop.steps=6", "loop.sample_every=0", "loop.validate_every=0", "loop.save_every=0", "loop.ema_decay=0.5")
+    whole = recipe(tmp_path / "whole", section, *quick)
+    train(whole)
+    parted = replace(whole, out=str(tmp_path / "parted"))
+    with monkeypatch.context() as patch:
+        signal_at(patch, 3, 15)
+        assert not train(parted).finished
+    assert train(parted, resume=True).finished
+    first, second = weights(whole.folder, 6), weights(parted.folder, 6)
+    assert first.keys() == second.keys() and all(torch.equal(v, second[k]) for k, v in first.items())
+    assert any(k.startswith("repa.projector") for k in first) and "repa" in lines(whole.folder)[0]
+    assert not any("projector" in k for k in exported(whole.folder))
+    assert FlexTok.from_pretrained(whole.folder / "model").layout.length == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"repa": {**REPA, "layer": 2}}, r"repa.layer must be in 0 \.\. 1"),
+        ({"repa": {**REPA, "layer": -1}}, "repa.layer must be at least 0"),
+        ({"repa": {**REPA, "size": 50}}, "repa.size must be a multiple of 16"),
+        ({"repa": {**REPA, "encoder": "test_vitt"}}, "repa.encoder must be a model of timm"),
+        ({"repa": {**REPA, "weights": "absent"}}, "repa.weights must be pretrained, none or a file"),
+        ({"init": "mup", "mup_base_width": 0}, "mup_base_width above 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_training(vae: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        flextok_objective(vae, **options)
+
+
+def test_mup_is_an_option_of_a_new_flextok(vae: str) -> None:
+    objective = flextok_objective(vae, init="mup", mup_base_width=16)
+    assert not objective.tokenizer.encoder.module_dict["enc_to_latents"]["proj"].weight.any()
+    assert objective.tokenizer.encoder.module_dict["enc_register_module"]["registers"].std() < 0.05
+    assert all(
+        v.isfinite() for v in objective.tokenizer(some_images(objective.tokenizer, 2), Rng.from_seed(0, 2)).values()
+    )
 
 
 def test_flextok_needs_one_autoencoder() -> None:

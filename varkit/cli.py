@@ -200,19 +200,32 @@ def reconstruct(
         str | None, typer.Option(help="train, val or test. Default: test of a named data set, else the source itself.")
     ] = None,
     root: Annotated[str | None, typer.Option(help="Where a named data set lies.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a flexible tokenizer: decode the first so many tokens.")
+    ] = None,
+    psnr: Annotated[
+        float | None, typer.Option(help="... or the fewest of 1, 2, 4, ... that reach so many dB, image by image.")
+    ] = None,
+    lpips: Annotated[float | None, typer.Option(help="... or that come within this LPIPS (alex).")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Send images through a tokenizer and back; report PSNR, SSIM and the use of the codebook, scale by scale."""
     from varkit.metrics.reconstruction import reconstruct_folder
 
-    result = reconstruct_folder(name, images, out, num=num, mode=mode, split=split, root=root, device=device)
+    result = reconstruct_folder(
+        name, images, out, num=num, mode=mode, split=split, root=root, device=device, tokens=tokens, target_psnr=psnr,
+        target_lpips=lpips
+    )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))
         return
     further = {"ssim": "SSIM", "ms_ssim": "MS-SSIM", "lpips_alex": "LPIPS (alex)"}
     measured = [f"{title} {result[key]:.4f}" for key, title in further.items() if key in result]
     typer.echo(", ".join([f"{result['images']} images: PSNR {result['psnr']:.2f} dB", *measured]))
+    if each := result.get("lengths"):
+        counts = ", ".join(f"{n} for {each.count(n)}" for n in sorted(set(each)))
+        typer.echo(f"  tokens      : {sum(each) / len(each):.1f} an image; {counts}")
     for row in result.get("scales", []):
         typer.echo(f"  scale {row['grid']:>6}: {row['used']} codes used, perplexity {row['perplexity']:.1f}")
     if "used" in result:
@@ -250,7 +263,10 @@ def eval_(
     bounds: Annotated[
         str | None, typer.Option(help="Held-out real images (fashion-mnist:test), scored too, and reconstructed.")
     ] = None,
-    lengths: Annotated[str | None, typer.Option(help="Of a flexible tokenizer: tokens, separated by commas.")] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option("--tokens", "--lengths", help="Of a model that can stop early, or a flexible tokenizer: 1,2,4,8."),
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a report that opens in a browser (extra `eval`).")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON, for `varkit compare`.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images in the network at once.")] = 32,
@@ -276,7 +292,7 @@ def eval_(
         guidance=numbers(guidance, "--guidance", float),
         sampling=sampling,
         bounds=bounds,
-        lengths=numbers(lengths, "--lengths", int),
+        lengths=numbers(tokens, "--tokens", int),
         weights=weights,
         download=download,
         device=device,
@@ -316,7 +332,7 @@ def typed(context: typer.Context) -> str:
             words.append(parameter.opts[0] if value else parameter.secondary_opts[0])
         else:
             for one in value if isinstance(value, (list, tuple)) else [value]:
-                words += [max(parameter.opts, key=len), str(one)]
+                words += [next(o for o in parameter.opts if o.startswith("--")), str(one)]
     return shlex.join(words)
 
 

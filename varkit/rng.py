@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from enum import IntEnum
+from enum import IntEnum, unique
 from typing import Self
 
 import torch
@@ -21,6 +21,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
+@unique
 class Draw(IntEnum):
     """What a number is for: one word of the counter, so no two uses ever meet."""
 
@@ -43,6 +44,8 @@ class Draw(IntEnum):
     ORDER = 60  # the order in which tokens are predicted, and whether it is a random one
     CONFIDENCE = 61  # noise on how sure a drawn token is, in masked sampling
     MASK = 62  # which tokens are masked, and how many, when a masked generator trains
+    UNQUANTISED = 70  # which training images a quantiser passes on as they are
+    CORRUPT = 71  # which tokens are replaced by random ones in training, and by which
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

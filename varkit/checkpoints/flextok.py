@@ -120,6 +120,10 @@ def flextok_arguments(config: Mapping[str, Any], vae: Mapping[str, Any] | None =
         "sigma": _sigma(noise),
         "mode_scale": float(noise.get("mode_scale") or 0.0),
         "stratified": bool(noise.get("stratisfied", False)),  # as spelled in the release
+        "drop_quant_p": float(config["regularizer"].get("drop_quant_p", 0.0)),
+        "corrupt_tokens_p": float(config["regularizer"].get("corrupt_tokens_p", 0.0)),
+        "min_corrupt_tokens_p": config["regularizer"].get("min_corrupt_tokens_p"),
+        "apply_corrupt_tokens_p": float(config["regularizer"].get("apply_corrupt_tokens_p", 0.2)),
     }
     scale = config["vae"].get("scaling_factor")
     if vae is not None:

@@ -132,14 +132,14 @@ def guidance(report: Report) -> Iterator[Chart]:
     Results without guidance, such as real images and reconstructions, are dashed lines across.
     """
     first = next((s for r in report.results for s in r.scores if s.better == "lower"), None)
-    lines, bounds = dict[str, list[tuple[float, int, Score]]](), list[tuple[int, Score]]()
+    lines, bounds = dict[Any, list[tuple[float, int, Score]]](), list[tuple[int, Score]]()
     for i, result in enumerate(report.results):
         scale = result.settings.get("guidance_scale")
         score = next((s for s in result.scores if first and s.name == first.name and known(s.value)), None)
         if score and scale is None:
             bounds.append((i, score))
         elif score and isinstance(scale, int | float) and known(scale):
-            lines.setdefault(result.source, []).append((scale, i, score))
+            lines.setdefault((result.source, result.settings.get("num_tokens")), []).append((scale, i, score))
     if first is None or len({point[0] for line in lines.values() for point in line}) < 2:
         return
     figure, axes = new_chart("guidance scale")

@@ -2,6 +2,7 @@
 
     report = evaluate("samples.npz", "VIRTUAL_imagenet256_labeled.npz", protocol="adm")
     report = evaluate("fashion-var", "fashion-mnist", protocol="fashion", guidance=[1, 2, 3])
+    report = evaluate("runs/flextok_ar/model", "fashion-mnist", protocol="fashion", lengths=[1, 2, 4, 8])
 
 All that can be refused is refused before the first image goes through a network.
 """
@@ -27,7 +28,7 @@ from varkit.metrics.collect import Collected, Network, Wanted, collect, gathered
 from varkit.metrics.networks import FeatureNetwork, open_classifier, open_network
 from varkit.metrics.protocol import Protocol, load_protocol
 from varkit.metrics.reference import Reference, reference_of, statistics_settings
-from varkit.metrics.report import Report, Result
+from varkit.metrics.report import Curve, Report, Result
 from varkit.metrics.scores import NEED_FEATURES, Context, Scored, score
 from varkit.metrics.sets import ImageSet
 from varkit.metrics.sources import open_generated, open_reference, open_set
@@ -97,7 +98,8 @@ def evaluate(
         guidance: guidance scales to sample a model at; each is a result.   sampling: further sampler settings.
         bounds: held-out real images (`fashion-mnist:test`), scored as well, as are a model's reconstructions of them:
             what bounds its samples.
-        lengths: tokens to decode from, for a tokenizer of flexible length.
+        lengths: tokens to decode from, for a tokenizer of flexible length, or to draw, for a model that can stop
+            early; each is a result (at each guidance scale), and every score is drawn against them.
         options: of `Options`.
     Raises: ValueError and FileNotFoundError before any work, saying what is missing or does not fit.
     """
@@ -111,6 +113,8 @@ def evaluate(
     if rules.kind == "videos":
         from varkit.metrics.evaluate_videos import evaluate_videos
 
+        if lengths:
+            raise ValueError("lengths (--tokens) go with models and tokenizers of images; videos have none to choose")
         return evaluate_videos(generated, reference, rules, how)
     if rules.kind == "reconstruction":
         from varkit.metrics.evaluate_reconstructions import evaluate_reconstructions
@@ -118,7 +122,7 @@ def evaluate(
         return evaluate_reconstructions(generated, reference, rules, how, split=split, root=root, lengths=lengths)
     return evaluate_images(
         generated, reference, rules, how, split=split, root=root, classifier=classifier, guidance=guidance,
-        sampling=sampling or {}, bounds=bounds
+        sampling=sampling or {}, bounds=bounds, lengths=lengths
     )  # fmt: skip
 
 
@@ -134,12 +138,15 @@ def evaluate_images(
     guidance: Sequence[float] = (),
     sampling: dict[str, Any],
     bounds: str | None = None,
+    lengths: Sequence[int] = (),
 ) -> Report:
     """As `evaluate`, for a protocol of images."""
     where = options.where
     network = open_network(protocol, options.weights, where, download=options.download)
     judge = open_classifier(classifier, network, protocol, where)
-    sets = open_generated(generated, protocol, where, guidance=guidance, sampling=sampling, bounds=bounds, root=root)
+    sets = open_generated(
+        generated, protocol, where, guidance=guidance, lengths=lengths, sampling=sampling, bounds=bounds, root=root
+    )
     real = open_reference(reference, protocol, size=sets[0].size, split=split, root=root)
     for one in sets:
         check_images(one, real, protocol, network, judge)
@@ -158,6 +165,7 @@ def evaluate_images(
     report = new_report(protocol, [network] if judge in (None, network) else [network, judge], found, options)
     for one in sets:
         report.results.append(score_set(one, found, protocol, network, judge, options))
+    add_curves(report.results)
     unlabelled = [one.name for one in sets if one.labels is None and "accuracy" in protocol.metrics]
     if unlabelled:
         report.warnings.append(f"no accuracy: no labels in {', '.join(unlabelled)}")
@@ -267,6 +275,25 @@ def score_set(
     result.per_class, result.bound = found.per_class, images.bound
     result.pictures = pictures(made, found, reference)
     return result
+
+
+def add_curves(results: Sequence[Result]) -> None:
+    """Every score against the number of tokens, where results of one source differ in nothing else.
+
+    A curve belongs to the last of its results.
+    """
+    groups: dict[tuple[str, Any], list[tuple[int, Result]]] = {}
+    for one in results:
+        count = one.settings.get("num_tokens", one.settings.get("length"))
+        if count is not None:
+            groups.setdefault((one.source, one.settings.get("guidance_scale")), []).append((count, one))
+    for group in groups.values():
+        rows = sorted(group, key=lambda row: row[0])
+        if len(rows) < 2:
+            continue
+        for shown in rows[0][1].scores:
+            values = [row.score(shown.name).value for _, row in rows]
+            group[-1][1].curves.append(Curve(shown.title, "tokens", [float(n) for n, _ in rows], values))
 
 
 MOMENTS_FOR = {"features": {"frechet", "infinity"}, "spatial": {"spatial"}}

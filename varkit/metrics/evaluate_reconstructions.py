@@ -6,7 +6,6 @@ three points worse, which is the usual reason why published numbers seem not to 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,21 @@ from varkit import registry
 from varkit.data.images import DATASETS
 from varkit.metrics.checks import check_images
 from varkit.metrics.collect import Collected, process
-from varkit.metrics.evaluate import SHEET, Options, new_report
+from varkit.metrics.evaluate import SHEET, Options, add_curves, new_report
 from varkit.metrics.fid import FeatureStatistics, frechet_contributions, frechet_distance
 from varkit.metrics.interval import bootstrap_interval
 from varkit.metrics.lpips import LPIPS, find_lpips
 from varkit.metrics.networks import FeatureNetwork, open_network
 from varkit.metrics.protocol import Protocol
-from varkit.metrics.reconstruction import CodebookUse, ReconstructionMetrics
+from varkit.metrics.reconstruction import CodebookUse, ReconstructionMetrics, takes_lengths
 from varkit.metrics.reference import Reference, reference_of, statistics_settings
-from varkit.metrics.report import Curve, Report, Result, Score
+from varkit.metrics.report import Report, Result, Score
 from varkit.metrics.sets import ImageSet
 from varkit.metrics.sources import is_model, open_set
 from varkit.metrics.structural import SMALLEST_MULTI_SCALE, SSIM_DEFAULT
 from varkit.pictures import grid, to_pil, to_uint8
 from varkit.pipelines.auto import open_tokenizer
+from varkit.rng import Rng
 
 HOW = {
     "psnr": ("PSNR", "higher", "dB, mean over images, 8 bits"),
@@ -93,15 +93,14 @@ def evaluate_reconstructions(
         if tokenizer is None
         else str(generated if isinstance(generated, str | Path) else type(tokenizer).__name__)
     )
-    back = _given(given) if tokenizer is None else _through(tokenizer, where, protocol.images.quantise, lengths)
+    back = _given(given) if tokenizer is None else _through(tokenizer, where, protocol, lengths)
     seen = _run(originals, back, network, protocol, lpips, options, _layout(tokenizer, protocol))
     plain = Reference(originals.source, originals.kind, originals.hash(), len(originals))
     report = new_report(protocol, [network], found or plain, options)
     report.networks |= {f"lpips-{m.trunk}": {"what": f"LPIPS on {m.trunk}"} for m in lpips}
     for length, one in seen.items():
         report.results.append(_result(name, length, one, originals, protocol, network, found))
-    if len(seen) > 1:
-        report.results[-1].curves = _curves(report.results, list(seen))
+    add_curves(report.results)
     return report
 
 
@@ -120,7 +119,7 @@ def _tokenizer(source: Any) -> Any | None:
 
 
 def _check_lengths(tokenizer: Any, lengths: Sequence[int]) -> None:
-    if lengths and "lengths" not in inspect.signature(tokenizer.decode).parameters:
+    if lengths and not takes_lengths(tokenizer):
         raise ValueError(f"{type(tokenizer).__name__} always decodes all of its tokens; lengths need a flexible one")
     longest = tokenizer.layout.length
     if not all(1 <= n <= longest for n in lengths):
@@ -154,12 +153,15 @@ def _layout(tokenizer: Any | None, protocol: Protocol) -> Any | None:
     return tokenizer.layout
 
 
-def _through(tokenizer: Any, device: torch.device, rule: str, lengths: Sequence[int]) -> Back:
+def _through(tokenizer: Any, device: torch.device, protocol: Protocol, lengths: Sequence[int]) -> Back:
+    """The noise of tokenizers that decode from noise is the image's own, and the same at every length."""
+
     def back(images: Tensor, indices: Sequence[int]) -> Iterator[tuple[int | None, Tensor, Tensor | None]]:
         tokens = tokenizer.encode(images.to(device).float().div(127.5).sub(1))
+        rng = Rng.for_keys(protocol.sampling.seed, torch.tensor(list(indices))).to(device)
         for n in lengths or (None,):
-            made = tokenizer.decode(tokens) if n is None else tokenizer.decode(tokens, lengths=n)
-            yield n, to_uint8(made.float(), rule), tokens  # type: ignore[arg-type]
+            made = tokenizer.decode(tokens, rng, **({} if n is None else {"lengths": n}))
+            yield n, to_uint8(made.float(), protocol.images.quantise), tokens
 
     return back
 
@@ -220,7 +222,7 @@ def _run(
                 one = found.setdefault(length, Seen(lpips, layout))
                 one.metrics.update(made, batch.to(made.device))
                 if one.use is not None and ids is not None:
-                    one.use.update(ids if length is None else ids[:, :length])
+                    one.use.update(ids[:, :length], first=length is not None)
                 if "frechet" in protocol.metrics:
                     one.take(network(made.to(options.where), ["features"])["features"].detach().cpu(), protocol)
                 for i in shown.intersection(indices):
@@ -300,10 +302,3 @@ def _result(
     shown = [to_pil(one[None].float().div(127.5).sub(1))[0] for _, one in sorted(seen.made.pictures.items())]
     result.pictures["Originals (left) and reconstructions (right)"] = grid(shown, 8)
     return result
-
-
-def _curves(results: Sequence[Result], lengths: Sequence[int | None]) -> list[Curve]:
-    """Every score against the number of tokens."""
-    at = [float(n or 0) for n in lengths]
-    titles = [(s.name, s.title) for s in results[0].scores]
-    return [Curve(title, "tokens", at, [r.score(name).value for r in results]) for name, title in titles]

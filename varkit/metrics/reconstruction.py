@@ -6,7 +6,7 @@ import inspect
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -121,15 +121,20 @@ class CodebookUse:
         self.factors = [torch.zeros(shape, k, dtype=torch.int64) for k in self.sizes if not isinstance(size, int)]
         self.joint = torch.zeros(shape, every, dtype=torch.int64) if not self.factors or every <= JOINT_LIMIT else None
 
-    def update(self, ids: Tensor) -> None:
-        """(B, L) ids, or (B, L, G) of factorised codes. Raises: ValueError for another shape, or ids that are none."""
+    def update(self, ids: Tensor, *, first: bool = False) -> None:
+        """(B, L) ids, or (B, L, G) of factorised codes.
+
+        Args: first: fewer than L are taken too: the first ones of the layout.
+        Raises: ValueError for another shape, or ids that are none.
+        """
         codes = (ids if self.factors else ids[..., None]).detach().cpu()
         if codes.ndim != 3 or codes.shape[2] != len(self.sizes):
             raise ValueError(f"ids of codebook {self.layout.codebook_size} have another shape than {tuple(ids.shape)}")
         limits = torch.tensor(self.sizes)
         if ((codes < 0) | (codes >= limits)).any():
             raise ValueError(f"ids must be in 0 .. {self.sizes} - 1; got {int(codes.min())} .. {int(codes.max())}")
-        for k, part in enumerate(self.layout.split(codes)):
+        parts = [codes[:, s] for s in self.layout.slices] if first else self.layout.split(codes)
+        for k, part in enumerate(parts):
             for counts, column in zip(self.factors, part.flatten(0, 1).T, strict=False):
                 counts[k] += torch.bincount(column, minlength=counts.shape[1])
             if self.joint is not None:
@@ -260,19 +265,40 @@ class ReconstructionMetrics:
 
 
 @torch.no_grad()
-def reconstruction_report(tokenizer: Any, batches: Iterable[Tensor], *, lpips: Sequence[LPIPS] = ()) -> dict[str, Any]:
+def reconstruction_report(
+    tokenizer: Any,
+    batches: Iterable[Tensor],
+    *,
+    lpips: Sequence[LPIPS] = (),
+    lengths: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
     """The means of `ReconstructionMetrics`, and `CodebookUse` where tokens are ids.
 
-    Args: batches: (B, 3, H, W) in [-1, 1].   lpips: networks with their weights.
+    Args:
+        batches: (B, 3, H, W) in [-1, 1].   lpips: networks with their weights.
+        lengths: of a tokenizer of flexible length: images -> how many tokens each is decoded from, (B,). The report
+            then has them as `lengths`, in the order of the images, and only these tokens count as used.
     """
     metrics = ReconstructionMetrics(lpips)
     use = None if tokenizer.layout.codebook_size is None else CodebookUse(tokenizer.layout)
+    each: list[int] = []
     for images in batches:
         tokens = tokenizer.encode(images)
+        counts = None if lengths is None else lengths(images)
+        if counts is not None:
+            each += counts.tolist()
         if use is not None:
-            use.update(tokens)
-        metrics.update(tokenizer.decode(tokens).float(), images)
-    return {**metrics.means(), **(use.compute() if use is not None else {})}
+            for n in [tokens.shape[1]] if counts is None else counts.unique().tolist():
+                use.update(tokens if counts is None else tokens[counts == n, :n], first=counts is not None)
+        made = tokenizer.decode(tokens) if counts is None else tokenizer.decode(tokens, lengths=counts)
+        metrics.update(made.float(), images)
+    chosen = {} if lengths is None else {"lengths": each}
+    return {**metrics.means(), **(use.compute() if use is not None else {}), **chosen}
+
+
+def takes_lengths(tokenizer: Any) -> bool:
+    """Whether it decodes any number of its first tokens: `decode(tokens, lengths=n)`."""
+    return "lengths" in inspect.signature(tokenizer.decode).parameters
 
 
 @torch.no_grad()
@@ -288,7 +314,7 @@ def reconstruction_curve(
     Raises: ValueError for a tokenizer without `lengths`, and other lengths.
     """
     name, longest = type(tokenizer).__name__, tokenizer.layout.length
-    if "lengths" not in inspect.signature(tokenizer.decode).parameters:
+    if not takes_lengths(tokenizer):
         raise ValueError(
             f"{name} always decodes all of its {longest} tokens; a curve needs a tokenizer of flexible length, "
             "whose decode takes `lengths`"
@@ -313,12 +339,19 @@ def reconstruct_folder(
     split: str | None,
     root: str | None,
     device: str,
+    tokens: int | None = None,
+    target_psnr: float | None = None,
+    target_lpips: float | None = None,
 ) -> dict[str, Any]:
     """What `varkit reconstruct` does: report, and write originals.png, reconstructions.png, metrics.json.
 
     LPIPS (alex) is in the report where its weights are found; nothing is downloaded.
 
-    Args: split: None is the test split of a named data set, and anything else itself.
+    Args:
+        split: None is the test split of a named data set, and anything else itself.
+        tokens: of a tokenizer of flexible length: decode the first so many of each image.
+        target_psnr, target_lpips: ... or as few of 1, 2, 4, ... as reach it, image by image. One of the three at most.
+    Raises: ValueError and FileNotFoundError before any work.
     """
     from varkit.data.images import DATASETS, open_images
     from varkit.data.transforms import ImageTransform
@@ -330,20 +363,52 @@ def reconstruct_folder(
     dataset.transform = ImageTransform(tokenizer.image_size, mode=mode, enlarge=1.0)  # type: ignore[arg-type]
     where = best_device() if device == "auto" else torch.device(device)
     tokenizer.to(where)
+    lengths = _lengths(tokenizer, tokens, target_psnr, target_lpips, where)
     num = min(num, len(dataset))
 
     def batches(count: int) -> Iterator[Tensor]:
         for i in range(0, count, 16):
             yield dataset.__getitems__(list(range(i, min(i + 16, count))))["images"].to(where)
 
-    report = reconstruction_report(tokenizer, batches(num), lpips=_offline_lpips(where))
+    report = reconstruction_report(tokenizer, batches(num), lpips=_offline_lpips(where), lengths=lengths)
     shown = torch.cat(list(batches(min(num, 64))))
+    some = {} if lengths is None else {"lengths": torch.tensor(report["lengths"][: len(shown)], device=where)}
     with torch.no_grad():
-        back = tokenizer.decode(tokenizer.encode(shown))
+        back = tokenizer.decode(tokenizer.encode(shown), **some)
     save_png(grid(to_pil(shown), 8), out / "originals.png")
     save_png(grid(to_pil(back), 8), out / "reconstructions.png")
     (out / "metrics.json").write_text(json.dumps(report, indent=1) + "\n")
     return report
+
+
+def _lengths(
+    tokenizer: Any, tokens: int | None, target_psnr: float | None, target_lpips: float | None, device: torch.device
+) -> Callable[[Tensor], Tensor] | None:
+    """The rule by which each image gets its number of tokens; None is all. Raises: as `reconstruct_folder`."""
+    given = [x for x in (tokens, target_psnr, target_lpips) if x is not None]
+    if not given:
+        return None
+    if len(given) > 1:
+        raise ValueError("give one of --tokens, --psnr and --lpips: each decides the number of tokens")
+    name, longest = type(tokenizer).__name__, tokenizer.layout.length
+    if not takes_lengths(tokenizer) or not hasattr(tokenizer, "tokens_for"):
+        raise ValueError(
+            f"{name} always decodes all of its {longest} tokens; --tokens, --psnr and --lpips are for tokenizers of "
+            "flexible length, such as FlexTok"
+        )
+    if tokens is not None:
+        if not 1 <= tokens <= longest:
+            raise ValueError(f"--tokens must be in 1 .. {longest}, the tokens of {name}; got {tokens}")
+        return lambda images: torch.full((len(images),), tokens, device=images.device)
+    if target_lpips is None:
+        return lambda images: tokenizer.tokens_for(images, target_psnr=target_psnr).lengths
+    model = find_lpips("auto", "alex", download=False)
+    assert model is not None
+    height, width = tokenizer.image_size
+    if min(height, width) < model.smallest:
+        raise ValueError(f"LPIPS needs {model.smallest} pixels a side; images are {height}x{width}. Use --psnr")
+    model.to(device)
+    return lambda images: tokenizer.tokens_for(images, target_lpips=target_lpips, lpips=model).lengths
 
 
 def _offline_lpips(device: torch.device) -> list[LPIPS]:

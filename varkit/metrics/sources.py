@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from torch import Tensor
 from varkit.data.hugging_face import PREFIX
 from varkit.data.images import DATASETS
 from varkit.metrics.protocol import Protocol
+from varkit.metrics.reconstruction import takes_lengths
 from varkit.metrics.reference import Reference, holds_images, is_statistics, read_statistics
 from varkit.metrics.sets import ImageSet, Size, stored_set, tensor_set
-from varkit.pictures import UInt8Rule, to_uint8
+from varkit.pictures import to_uint8
 from varkit.pipelines.auto import AutoPipeline, find_folder
+from varkit.rng import Rng
 
 
 def open_set(
@@ -79,19 +82,42 @@ def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device
     )
 
 
+def check_lengths(pipeline: Any, lengths: Sequence[int], **settings: Any) -> None:
+    """Raises: ValueError where the model cannot stop after so many tokens, or they do not decode."""
+    sampler, tokenizer = pipeline.sampler, pipeline.image_tokenizer
+    if lengths and "num_tokens" not in sampler.settings():
+        raise ValueError(f"{type(sampler).__name__} always draws all tokens: no number of them can be chosen")
+    for n in lengths:
+        sampler.groups(pipeline.transformer, **settings, num_tokens=n)
+        if n < tokenizer.layout.length and not takes_lengths(tokenizer) and len(tokenizer.layout.grids) == 1:
+            raise ValueError(
+                f"{type(tokenizer).__name__} decodes all of its {tokenizer.layout.length} tokens or none; got {n}"
+            )
+
+
 def reconstructed_set(
-    tokenizer: Any, originals: ImageSet, name: str, rule: UInt8Rule, device: torch.device
+    tokenizer: Any, originals: ImageSet, name: str, protocol: Protocol, device: torch.device, length: int | None = None
 ) -> ImageSet:
-    """Originals through a tokenizer and back, when they are read."""
+    """Originals through a tokenizer and back, when they are read. Args: length: tokens to decode from; None: all."""
     tokenizer.to(device)
+    some = {} if length is None else {"lengths": length}
 
     @torch.no_grad()
     def read(indices: Sequence[int]) -> Tensor:
-        images = originals.read(indices).to(device).float().div(127.5).sub(1)
-        return to_uint8(tokenizer.decode(tokenizer.encode(images)).float(), rule).cpu()
+        tokens = tokenizer.encode(originals.read(indices).to(device).float().div(127.5).sub(1))
+        rng = Rng.for_keys(protocol.sampling.seed, torch.tensor(list(indices))).to(device)
+        return to_uint8(tokenizer.decode(tokens, rng, **some).float(), protocol.images.quantise).cpu()
 
     return replace(
-        originals, name=name, source=name, kind="reconstructions", channels=None, read=read, hash=lambda: "", threads=0
+        originals,
+        name=name if length is None else f"{name}, {length} tokens",
+        source=name,
+        kind="reconstructions",
+        channels=None,
+        read=read,
+        hash=lambda: "",
+        threads=0,
+        settings={} if length is None else {"length": length},
     )
 
 
@@ -106,24 +132,28 @@ def open_generated(
     device: torch.device,
     *,
     guidance: Sequence[float] = (),
+    lengths: Sequence[int] = (),
     sampling: dict[str, Any],
     bounds: str | None = None,
     root: str | None = None,
 ) -> list[ImageSet]:
-    """The sets to be scored; a model gives one for every guidance scale.
+    """The sets to be scored; a model gives one for every guidance scale and number of tokens.
 
-    Raises: ValueError for sampler settings without a model to sample, and as `open_set`.
+    Raises: ValueError for sampler settings without a model to sample, and as `check_lengths` and `open_set`.
     """
     pipeline = None
     sets: list[ImageSet] = []
     if is_model(source):
         pipeline = source if hasattr(source, "sampler") else AutoPipeline.from_pretrained(source)
         name = type(pipeline).__name__ if pipeline is source else str(source)
-        for w in guidance or (None,):
-            settings = {k: v for k, v in sampling.items() if v is not None} | ({"guidance_scale": w} if w else {})
+        fixed = {k: v for k, v in sampling.items() if v is not None}
+        check_lengths(pipeline, lengths, **fixed)
+        for w, n in itertools.product(guidance or (None,), lengths or (None,)):
+            settings = fixed | ({"guidance_scale": w} if w else {}) | ({"num_tokens": n} if n else {})
             one = model_set(pipeline, name, protocol, device, **settings)
-            sets.append(replace(one, name=f"{name}, guidance {one.settings['guidance_scale']:g}"))
-    elif guidance or any(v is not None for v in sampling.values()):
+            title = f"{name}, guidance {one.settings['guidance_scale']:g}"
+            sets.append(replace(one, name=title if n is None else f"{title}, {n} tokens"))
+    elif guidance or lengths or any(v is not None for v in sampling.values()):
         raise ValueError(f"{source} is no model (a shipped name or a pipeline folder): there is nothing to sample")
     else:
         many = isinstance(source, list | tuple)
@@ -138,8 +168,9 @@ def open_generated(
             )
         around = [replace(real, name=f"{bounds}: real images", bound=True)]
         if pipeline is not None:
-            rule, text = protocol.images.quantise, f"{bounds}: reconstructions"
-            around.append(reconstructed_set(pipeline.image_tokenizer, real, text, rule, device))
+            tokenizer, text = pipeline.image_tokenizer, f"{bounds}: reconstructions"
+            some = lengths if takes_lengths(tokenizer) else ()
+            around += [reconstructed_set(tokenizer, real, text, protocol, device, n) for n in some or (None,)]
         sets = around + sets
     return sets
 

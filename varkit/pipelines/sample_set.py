@@ -82,7 +82,7 @@ def draw(
         rng = Rng.for_keys(seed, torch.tensor(indices))
         tokens = pipeline(class_labels=list(labels), rng=rng, output_type="latent", **settings).images
         with torch.no_grad():
-            images = pipeline.image_tokenizer.decode(tokens).float()  # n 3 H W in [-1, 1]
+            images = pipeline.image_tokenizer.decode(tokens, rng.to(tokens.device)).float()  # n 3 H W in [-1, 1]
     except torch.OutOfMemoryError:
         raise ValueError(
             f"{len(indices)} images at once do not fit into memory; run the same command with a smaller batch size: "

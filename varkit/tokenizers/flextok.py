@@ -66,6 +66,10 @@ class FSQ(nn.Module):
         bound = self.bound(z)
         return (bound + (bound.round() - bound).detach()) / self.halves
 
+    def unrounded(self, z: Tensor) -> Tensor:
+        """(..., C) -> what `forward` rounds: values (..., C) float32 in about [-1, 1]."""
+        return self.bound(z) / self.halves
+
     def ids(self, values: Tensor) -> Tensor:
         """Values (..., C) -> (...) int64."""
         return ((values * self.halves).round().long() + self.halves).mul(self.basis).sum(-1)
@@ -171,10 +175,14 @@ class Trunk(nn.Module):
             raise ValueError(f"a width of {dim} cannot be shared by heads of {head_dim}")
         self.blocks = nn.ModuleList(Block(dim, head_dim, modulated) for _ in range(depth))
 
-    def forward(self, x: Tensor, *context: Any) -> Tensor:
-        for block in self.blocks:
+    def forward(self, x: Tensor, *context: Any, wanted: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The output, and that of the block with the index `wanted`."""
+        hidden = None
+        for index, block in enumerate(self.blocks):
             x = block(x, *context)
-        return x
+            if index == wanted:
+                hidden = x
+        return x, hidden
 
 
 class TimeEmbedder(nn.Module):
@@ -259,7 +267,7 @@ class RegisterEncoder(_Part):
         patches = x.shape[1]
         mask = attention_mask([patches], [len(registers)], causal=True).to(x.device)
         x = torch.cat([x, registers.expand(len(x), -1, -1)], 1)
-        x = parts["enc_transformer"](x, mask)
+        x, _ = parts["enc_transformer"](x, mask)
         return parts["enc_to_latents"]["proj"](norm(x[:, patches:]))
 
 
@@ -318,14 +326,23 @@ class FlowDecoder(_Part):
 
     def forward(self, noised: Tensor, t: Tensor, registers: Tensor) -> Tensor:
         """Velocity (B, C, h, w). Args: noised: (B, C, h, w).   t: (B,) in [0, 1].   registers: see `condition`."""
+        return self.with_hidden(noised, t, registers)[0]
+
+    def with_hidden(
+        self, noised: Tensor, t: Tensor, registers: Tensor, layer: int | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `forward`, and the patches after the block with the index `layer`, (B, D, h / patch, w / patch)."""
         parts, last = self.module_dict, self.module_dict["dec_to_patches"]
         x = self.embed_patches(noised.to(registers.dtype), "dec_noise_patch_emb", "dec_patches_posemb_module")
         grid, patches = x.shape[1:3], x.shape[1] * x.shape[2]
         time = parts["dec_time_embedder"](t)
-        x = parts["dec_transformer"](torch.cat([x.flatten(1, 2), registers], 1), None, time, patches)
+        x = torch.cat([x.flatten(1, 2), registers], 1)
+        x, hidden = parts["dec_transformer"](x, None, time, patches, wanted=layer)
+        if hidden is not None:
+            hidden = hidden[:, :patches].transpose(1, 2).unflatten(2, grid)
         shift, scale = last["adaLN_modulation"](time)[:, None].chunk(2, -1)  # B 1 D
         x = last["proj"](torch.addcmul(shift, norm(x[:, :patches]), 1 + scale))
-        return from_patches(x.unflatten(1, grid), self.patch)
+        return from_patches(x.unflatten(1, grid), self.patch), hidden
 
 
 @dataclass
@@ -352,6 +369,9 @@ class FlexTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         null_rate: share of training images without a condition.
         sigma, mode_scale, stratified: noise levels in training, see `draw_sigma`.
         num_steps, guidance_scale, apg, apg_norm_threshold: defaults of `decode`; apg is projected guidance.
+        drop_quant_p: share of training images whose values are not rounded.
+        corrupt_tokens_p, min_corrupt_tokens_p: share of tokens that training replaces by random ones, a number for
+            each image between these two; None: just the first.   apply_corrupt_tokens_p: share of images it is done to.
     Raises: ValueError on an impossible combination.
     """
 
@@ -382,6 +402,10 @@ class FlexTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         guidance_scale: float = 7.5,
         apg: bool = True,
         apg_norm_threshold: float = 2.5,
+        drop_quant_p: float = 0.0,
+        corrupt_tokens_p: float = 0.0,
+        min_corrupt_tokens_p: float | None = None,
+        apply_corrupt_tokens_p: float = 0.2,
     ) -> None:
         super().__init__()
         self.vae = KLVAE(**(vae_config or {}))
@@ -390,6 +414,9 @@ class FlexTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
             raise ValueError(f"latents of {side}x{side} cannot be cut into patches of {patch_size}")
         if nested_dropout not in ("pow2", "uniform_pow2", "uniform"):
             raise ValueError(f"nested_dropout must be pow2, uniform_pow2 or uniform; got {nested_dropout!r}")
+        for name in ("drop_quant_p", "corrupt_tokens_p", "min_corrupt_tokens_p", "apply_corrupt_tokens_p"):
+            if not 0 <= (self.config[name] or 0) <= 1:
+                raise ValueError(f"{name} is a share, in [0, 1]; got {self.config[name]}")
         channels, grid = self.vae.layout.dim, side // patch_size
         self.regularizer = FSQ(levels)
         self.layout = TokenLayout(((num_registers,),), math.prod(levels), len(levels))
@@ -410,6 +437,34 @@ class FlexTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
                         nn.init.zeros_(module.bias)
                     if "adaLN_modulation" in name or "dec_to_patches" in name:
                         nn.init.zeros_(module.weight)
+
+    @torch.no_grad()
+    def init_weights_mup(self, base_width: int) -> None:
+        """As the release starts (`init_weights_muP`), whose base shapes are not known: here widths of `base_width`.
+
+        Linear weights Xavier-uniform at that width; from there on the variance of those that grow with the width on
+        both sides falls as one over it, and that of others stays. Vectors are normal, std 0.02; biases, adaLN and
+        both last projections zero.
+        """
+        fixed_inputs = ("patch_proj", "dec_from_latents", "dec_time_embedder.mlp.0")
+        sizes = (self.config.encoder_width, self.config.decoder_width)
+        for part, width in zip((self.encoder, self.decoder), sizes, strict=True):
+            times = width / base_width
+            for name, module in part.named_modules():
+                if not isinstance(module, nn.Linear):
+                    continue
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+                if any(n in name for n in ("adaLN_modulation", "dec_to_patches", "enc_to_latents")):
+                    nn.init.zeros_(module.weight)
+                    continue
+                grows = not any(n in name for n in fixed_inputs)
+                inputs, outputs = module.in_features / (times if grows else 1), module.out_features / times
+                limit = math.sqrt(6 / (inputs + outputs) / (times if grows else 1))
+                nn.init.uniform_(module.weight, -limit, limit)
+            for name, parameter in part.named_parameters():
+                if parameter.requires_grad and name.rpartition(".")[2] in self.no_decay:
+                    nn.init.trunc_normal_(parameter, std=0.02)
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -595,14 +650,39 @@ class FlexTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
             count = 2 ** torch.log2(count.double()).ceil().long()
         return count.clamp(max=longest)
 
-    def forward(self, images: Tensor, rng: Rng) -> Losses:
+    def disturbed(self, z: Tensor, values: Tensor, rng: Rng) -> Tensor:
+        """Values (B, R, dim) as the decoder is trained with them, given what was quantised, z (B, R, dim).
+
+        What is random is an image's own, as the release describes it (its code draws once for all that it packs
+        together). The encoder learns from values that are not rounded as from others, from replaced ones nothing.
+        Source: apple/ml-flextok: flextok/regularizers/quantize_fsq.py (87d00cc).
+        """
+        c, fsq = self.config, self.regularizer
+        if c.drop_quant_p:
+            kept = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.UNQUANTISED) >= c.drop_quant_p  # B 1
+            values = torch.where(kept[..., None], values, fsq.unrounded(z))
+        if c.corrupt_tokens_p:
+            u = rng.uniform(torch.arange(self.layout.length + 1), Draw.CORRUPT, count=2)  # B R+1 2
+            whether, how_much = u[:, -1:].unbind(-1)  # B 1
+            least = c.min_corrupt_tokens_p or c.corrupt_tokens_p
+            share = (least + (c.corrupt_tokens_p - least) * how_much) * (whether < c.apply_corrupt_tokens_p)
+            which, other = u[:, :-1].unbind(-1)  # B R
+            random = fsq.vectors((other * math.prod(fsq.levels)).long())
+            values = torch.where((which < share)[..., None], random, values)
+        return values
+
+    def forward(self, images: Tensor, rng: Rng, hidden_layer: int | None = None) -> Losses:
         """Rectified-flow loss of images (B, 3, H, W) with nested dropout of tokens; the VAE is not trained.
 
-        Returns: loss; loss_short and loss_long, of images that kept at most sqrt(R) tokens, or more.
+        Args: hidden_layer: index of a block of the decoder.
+        Returns: loss; loss_short and loss_long, of images that kept at most sqrt(R) tokens, or more; hidden, the
+            patches after that block, (B, D, h / patch, w / patch), where one is asked for.
         """
         with torch.no_grad():
             latents = self.vae.latents(images, rng if self.config.sample_posterior else None).float()
-        values = self.encode_latents(latents)[1]
+        _, values, z = self.encode_latents(latents)
+        if self.training:
+            values = self.disturbed(z, values, rng)
         lengths = self.draw_lengths(rng)
         null = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0] < self.config.null_rate
         registers = self.decoder.condition(values, lengths, null)
@@ -610,13 +690,21 @@ class FlexTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         noise = unflatten(rng.normal(positions, Draw.NOISE, count=latents.shape[1]), latents.shape[2:])
         c = self.config
         sigma = draw_sigma(rng, kind=c.sigma, mode_scale=c.mode_scale, stratified=c.stratified)
-        each = flow_loss(lambda x, t: self.decoder(x, t, registers), latents, noise, sigma)
+        hidden: dict[str, Tensor] = {}
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            out, patches = self.decoder.with_hidden(x, t, registers, hidden_layer)
+            if patches is not None:
+                hidden["hidden"] = patches
+            return out
+
+        each = flow_loss(velocity, latents, noise, sigma)
         short = lengths <= math.isqrt(self.layout.length)
         log = {
             name: (each.detach() * which).sum() / which.sum().clamp_min(1)
             for name, which in (("loss_short", short & ~null), ("loss_long", ~short & ~null), ("loss_null", null))
         }
-        return {"loss": each.mean(), **log}
+        return {"loss": each.mean(), **log, **hidden}
 
 
 def _builder(**preset: Any) -> Callable[..., FlexTok]:

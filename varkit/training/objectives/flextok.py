@@ -1,7 +1,7 @@
 """Training FlexTok on a frozen autoencoder: rectified flow with nested dropout (arXiv 2502.13967, section 3).
 
-No training code was released. The paper also aligns an early decoder layer with DINOv2 features (REPA); that is not
-here. What is logged besides the loss: it for images that kept few tokens, many, and no condition at all.
+No training code was released. The paper also aligns an early decoder layer with DINOv2 features: section `repa`.
+What is logged besides the loss: the flow's for images that kept few tokens, many, and no condition at all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from varkit.interfaces import Losses, Objective
 from varkit.rng import Rng
 from varkit.tokenizers.flextok import FlexTok
 from varkit.tokenizers.kl_vae import KLVAE
+from varkit.training.objectives.variants.arra import FrozenEncoder
+from varkit.training.objectives.variants.combined import Together
+from varkit.training.objectives.variants.repa import PatchAlignment, Repa
 
 
 @config
@@ -31,8 +34,13 @@ class Config:
     model_overrides: dict[str, Any] = field(default_factory=dict)  # constructor arguments to change
     vae: str | None = None  # a folder or hub repository, of varkit or of diffusers' AutoencoderKL
     init_from: str | None = None  # a FlexTok's folder to start from, with its own autoencoder
+    init: Literal["normal", "mup"] = "normal"  # of a new FlexTok: one over the root of the inputs, or as the release
+    mup_base_width: int = 768  # width at which mup is plain Xavier
+    repa: Repa | None = None  # alignment of the decoder's patches with an image encoder's; None: off
 
     def __post_init__(self) -> None:
+        if self.init == "mup" and (self.init_from is not None or self.mup_base_width < 1):
+            raise ConfigError("objective.init=mup is for a new FlexTok (no init_from), with a mup_base_width above 0")
         if (self.vae is None) == (self.init_from is None):
             raise ConfigError("objective: give vae, the autoencoder of a new FlexTok, or init_from; not both")
 
@@ -45,7 +53,19 @@ class Training(Objective):
         self.config = config
         self.tokenizer = self._build().train()
         self.image_size = self.tokenizer.image_size
+        self.repa = None if config.repa is None else self._alignment(config.repa)
         self.max_steps = 1
+
+    def _alignment(self, repa: Repa) -> PatchAlignment:
+        """Raises: ConfigError where the encoder is not to be had, or the decoder has no such block."""
+        depth, width = self.tokenizer.config.decoder_depth, self.tokenizer.config.decoder_width
+        if repa.layer >= depth:
+            raise ConfigError(
+                f"objective.repa.layer must be in 0 .. {depth - 1}, the blocks of the decoder; got {repa.layer}"
+            )
+        encoder = FrozenEncoder(repa.encoder, repa.weights, "repa", repa.size)
+        self.freeze("encoder", encoder)
+        return PatchAlignment(width, encoder.map_dim, repa.projector_depth)
 
     def _build(self) -> FlexTok:
         if self.config.init_from is not None:
@@ -61,13 +81,20 @@ class Training(Objective):
             if not isinstance(model, FlexTok):
                 raise ConfigError(f"objective.model must be a FlexTok; {self.config.model} is no such model")
             model.vae.load_state_dict(vae.state_dict())
+            if self.config.init == "mup":
+                model.init_weights_mup(self.config.mup_base_width)
         return model
 
     def trained(self, phase: str) -> nn.Module:
-        return self.tokenizer
+        return self.tokenizer if self.repa is None else Together(self.tokenizer, self.repa)
 
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
-        return self.tokenizer(batch["images"], rng)
+        images, repa = batch["images"], self.config.repa
+        if self.repa is None or repa is None:
+            return self.tokenizer(images, rng)
+        losses = self.tokenizer(images, rng, hidden_layer=repa.layer)
+        losses["repa"] = self.repa(losses.pop("hidden"), self.frozen("encoder").maps(images))
+        return {**losses, "loss": losses["loss"] + repa.weight * losses["repa"]}
 
     def lengths(self) -> list[int]:
         """The shortest, a middle one and the longest."""

@@ -55,32 +55,37 @@ class Projector(nn.Module):
 class FrozenEncoder(nn.Module):
     """A timm model's pooled feature, (B, 3, H, W) in [-1, 1] -> (B, D), at the size and range that it was made for.
 
-    Args: weights: `pretrained`, `none` or a file.
-    Raises: ConfigError on an unknown name or weights that are not to be had or do not fit.
+    Args:
+        weights: `pretrained`, `none` or a file.   section: of the objective, for errors.
+        size: side of the images that it sees instead; tables of positions are resized to it.
+    Raises: ConfigError on an unknown name, weights that are not to be had or do not fit, a size that it cannot take.
     """
 
     mean: Tensor  # 1 3 1 1
     std: Tensor
 
-    def __init__(self, name: str, weights: str) -> None:
+    def __init__(self, name: str, weights: str, section: str = "alignment", size: int | None = None) -> None:
         super().__init__()
+        self.section = section
         import timm
         from timm.data import resolve_model_data_config
 
         if not timm.is_model(name):
             raise ConfigError(
-                f"objective.alignment.encoder must be a model of timm; got {name!r}{nearest(name, timm.list_models())}"
+                f"objective.{section}.encoder must be a model of timm; got {name!r}{nearest(name, timm.list_models())}"
             )
         try:
             self.model: Any = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
         except (OSError, RuntimeError) as error:
             raise ConfigError(
-                f"objective.alignment.encoder {name} cannot be had: {error}. Give objective.alignment.weights=FILE"
+                f"objective.{section}.encoder {name} cannot be had: {error}. Give objective.{section}.weights=FILE"
             ) from None
         if weights not in ("pretrained", "none"):
             self._load(Path(weights))
         data = resolve_model_data_config(self.model)
         self.size: tuple[int, int] = tuple(data["input_size"][1:])
+        if size is not None:
+            self._resize(size)
         self.register_buffer("mean", torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(data["std"]).view(1, 3, 1, 1))
         model: Any = self.model
@@ -88,21 +93,48 @@ class FrozenEncoder(nn.Module):
 
     def _load(self, path: Path) -> None:
         if not path.is_file():
-            raise ConfigError(f"objective.alignment.weights must be pretrained, none or a file; got {path}")
+            raise ConfigError(f"objective.{self.section}.weights must be pretrained, none or a file; got {path}")
         heads = self.model.pretrained_cfg.get("classifier") or ()
         heads = (heads,) if isinstance(heads, str) else tuple(heads)
         state = {k: v for k, v in read_state_dict(path).items() if not k.startswith(tuple(f"{h}." for h in heads))}
         have = {k: tuple(v.shape) for k, v in self.model.state_dict().items()}
         wrong = sorted(k for k in have.keys() | state.keys() if k not in state or have.get(k) != tuple(state[k].shape))
         if wrong:
-            raise ConfigError(f"objective.alignment.weights {path} do not fit the encoder: {', '.join(wrong[:5])} ...")
+            wrong_ones = ", ".join(wrong[:5])
+            raise ConfigError(f"objective.{self.section}.weights {path} do not fit the encoder: {wrong_ones} ...")
         self.model.load_state_dict(state)
+
+    def _resize(self, side: int) -> None:
+        step = max(getattr(getattr(self.model, "patch_embed", None), "patch_size", (1,)))
+        if side < 1 or side % step:
+            raise ConfigError(f"objective.{self.section}.size must be a multiple of {step}, its patch; got {side}")
+        self.size = (side, side)
+        if hasattr(self.model, "set_input_size"):
+            self.model.set_input_size(img_size=self.size)
+
+    def _seen(self, images: Tensor) -> Tensor:
+        images = F.interpolate(images, size=self.size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return ((images + 1) / 2 - self.mean) / self.std
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        images = F.interpolate(images, size=self.size, mode="bicubic", antialias=True).clamp(-1, 1)
-        images = ((images + 1) / 2 - self.mean) / self.std
-        return self.model.forward_head(self.model.forward_features(images), pre_logits=True)
+        return self.model.forward_head(self.model.forward_features(self._seen(images)), pre_logits=True)
+
+    @property
+    def map_dim(self) -> int:
+        """D of `maps`. Raises: ConfigError where the model has none."""
+        if not hasattr(self.model, "forward_intermediates") or not hasattr(self.model, "feature_info"):
+            raise ConfigError(
+                f"objective.{self.section}.encoder {type(self.model).__name__} gives no map of features; take one that "
+                "does, such as a ViT"
+            )
+        return int(self.model.feature_info[-1]["num_chs"])
+
+    @torch.no_grad()
+    def maps(self, images: Tensor) -> Tensor:
+        """The last features as a map, normalised where the model does so: (B, D, h, w); of a ViT, its patches."""
+        (found,) = self.model.forward_intermediates(self._seen(images), indices=1, norm=True, intermediates_only=True)
+        return found
 
 
 def image_positions(hidden: Tensor, layout: TokenLayout, which: str) -> Tensor:

@@ -234,13 +234,13 @@ class Variants(nn.Module):
 
 
 class Together(nn.Module):
-    """A generator and what its options learn, as the one module that is optimised and averaged."""
+    """A network and what its options learn, as the one module that is optimised and averaged."""
 
-    def __init__(self, model: nn.Module, variants: Variants) -> None:
+    def __init__(self, model: nn.Module, variants: nn.Module) -> None:
         super().__init__()
         self.model, self.variants = model, variants
         self.no_decay = getattr(model, "no_decay", ())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """The generator only: it is what costs."""
+        """The network only: it is what costs."""
         self.model.compile(*args, **kwargs)

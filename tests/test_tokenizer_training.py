@@ -370,6 +370,8 @@ def test_a_generator_of_sub_codes_takes_other_classes_and_alignment(tmp_path: Pa
         objective_config(plan | {"init_from": str(tmp_path / "model"), "model_overrides": {"dropout": 0.3}}), ["a", "b"]
     )
     assert "10 -> 2 classes" in second.notes[0] and second.model.config.dropout == 0.3
+    adapted = built(plan | {"init_from": str(tmp_path / "model"), "model_overrides": {}, "lora": {"rank": 2}})
+    assert "LoRA of rank 2 on 10 linear layers" in adapted.notes[1]  # five in each of two blocks
     encoder = {"encoder": "test_resnet.r160_in1k", "weights": "none"}
     aligned = built(plan | {"alignment": encoder})
     data, rng = batch(aligned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from varkit import registry
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond
+from varkit.pipelines.auto import SAMPLERS
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known, StepInfo
@@ -45,6 +47,8 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
         registry.list_models()
+        for module in SAMPLERS.values():
+            import_module(module)
         return super().from_pretrained(*args, **kwargs)
 
     @staticmethod

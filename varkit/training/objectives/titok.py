@@ -100,7 +100,7 @@ class Training(VQTraining):
             self._learn_from(model, self.frozen("teacher"))
         self.last_layer = "pixel_decoder.conv_out.weight" if model.config.legacy else "decoder.conv_out.weight"
         if model.layout.codebook_size is not None:
-            self.counter = CodeUsage(1, model.layout.codebook_size)
+            self.counter = CodeUsage(1, model.config.codebook_size)
         return model
 
     def _check(self, model: TiTok) -> None:

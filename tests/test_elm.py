@@ -122,6 +122,21 @@ def test_a_masked_loss_is_of_masked_sub_codes_alone() -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_tokens_are_weighed_and_hidden_states_come_back() -> None:
+    model = generator(ELM, 2)
+    tokens = torch.randint(8, (2, 16, 2), generator=torch.Generator().manual_seed(0))
+    inputs, cond, rng = autoencoder().embed(tokens), Cond(torch.tensor([0, 1])), Rng.from_seed(0, 2)
+    weight = (torch.arange(16) < 3).float().expand(2, -1)
+    losses = model.training_loss(tokens, inputs, cond, rng, weight=weight, hidden_layer=1)
+    each = -model(inputs, cond.labels).log_softmax(-1).gather(-1, tokens[..., None])[..., 0].mean(-1)  # B L
+    torch.testing.assert_close(losses["loss"], each[:, :3].sum(1).mean())
+    seen: list[Tensor] = []
+    model.layers[0].register_forward_hook(lambda _, __, out: seen.append(out))
+    model(inputs, cond.labels)
+    assert torch.equal(losses["hidden"], seen[0]) and losses["hidden"].shape == (2, 16, 32)
+    assert "hidden" not in model.training_loss(tokens, inputs, cond, rng)
+
+
 @pytest.mark.parametrize("kind", [ELM, ELMMasked])
 @pytest.mark.parametrize("sub_codes", [1, 2])
 def test_generators_written_and_read_again_are_the_same(kind: Any, sub_codes: int, tmp_path: Path) -> None:

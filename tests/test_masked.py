@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,15 @@ def test_a_pipeline_takes_it_saves_it_and_the_command_shows_it(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     settings = json.loads(result.output.splitlines()[-1])["settings"]
     assert settings["num_steps"] == 4 and settings["mask_schedule"] == "arccos"
+
+
+def test_a_saved_pipeline_opens_where_nothing_has_imported_its_sampler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = tiny_pair("maskgit_titok_fashion")
+    ClassToImagePipeline(model, tokenizer, MaskedSampler(num_steps=3)).save_pretrained(tmp_path / "pipe")
+    monkeypatch.delitem(sys.modules, "varkit.samplers.masked")
+    assert AutoPipeline.from_pretrained(tmp_path / "pipe").sampler.config.num_steps == 3
 
 
 # ---- training -------------------------------------------------------------------------------------------------

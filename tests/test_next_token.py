@@ -90,7 +90,7 @@ def test_a_trained_generator_takes_other_classes(model: str, tmp_path: Path) -> 
     [
         ({"random_orders": [0.5, 1.0]}, "random_orders is for RAR; MaskGIT has one order"),
         ({"random_orders": [0.9, 0.1]}, "two shares of the run"),
-        ({"gradient_checkpointing": True}, "MaskGIT has none"),
+        ({"model": "toy_raster", "gradient_checkpointing": True}, "ToyRaster has none"),
         ({"model": "llamagen_t2i_xl"}, "conditioned on text"),
         ({"model": "vq_fashion"}, "vq_fashion is a tokenizer"),
         ({"model": "flextok_ar_fashion"}, "for tokenizers of quantised levels"),

@@ -34,6 +34,16 @@ from varkit.rng import Draw, Rng
 from varkit.tokenizers.binary_autoencoder import TINY as TINY_TOKENIZER
 from varkit.tokenizers.binary_autoencoder import VOCABULARIES
 
+LORA_TARGETS = (
+    "layers.*.attention.wqkv",
+    "layers.*.attention.wo",
+    "layers.*.feed_forward.w1",
+    "layers.*.feed_forward.w2",
+    "layers.*.feed_forward.w3",
+)
+FREE_ARGUMENTS = frozenset({"token_dropout", "dropout", "ffn_dropout", "cond_drop_rate"})
+"""These two, and the class embedding: see `varkit.training.finetune.Tunable`."""
+
 
 def check_heads(hidden_size: int, num_heads: int) -> None:
     if hidden_size % (4 * num_heads):
@@ -61,7 +71,10 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
-    training_options = frozenset({"label_smoothing"})
+    training_options = frozenset({"label_smoothing", "weight", "hidden_layer"})
+    class_embedding = "cls_embedding.embedding_table"
+    lora_targets = LORA_TARGETS
+    free_arguments = FREE_ARGUMENTS
 
     @register_to_config
     def __init__(
@@ -142,20 +155,23 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         heads = [self.output] if isinstance(self.output, nn.Linear) else self.output
         return torch.stack([head(x) for head in heads], -2).float()
 
-    def forward(self, inputs: Tensor, class_labels: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, class_labels: Tensor, hidden_layer: int | None = None) -> Any:
         """Teacher-forced logits of the first n positions: (B, n, G, V) float32.
 
         Args:
             inputs: (B, n, G) ids, each the token before; the first is not read.
             class_labels: (B,), of which `num_classes` is the null class.
+            hidden_layer: return also what this block gives, counted from 1: (B, n, C).
         """
         x = self.tok_dropout(torch.cat([self.cls_embedding(Cond(class_labels)), self.embed(inputs[:, 1:])], 1))
-        for block in self.layers:
+        hidden = None
+        for i, block in enumerate(self.layers, 1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, self.rotary)
             else:
                 x = block(x, self.rotary)
-        return self.logits(x)
+            hidden = x if i == hidden_layer else hidden
+        return self.logits(x) if hidden_layer is None else (self.logits(x), hidden)
 
     def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
         """What is predicted everywhere at once, given true inputs: one pass. No condition is dropped."""
@@ -213,19 +229,35 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     # ---- training -----------------------------------------------------------------------------------------
 
     def training_loss(  # type: ignore[override]
-        self, tokens: Tensor, inputs: Tensor, cond: Cond, rng: Rng, *, label_smoothing: float = 0.0
+        self,
+        tokens: Tensor,
+        inputs: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        hidden_layer: int | None = None,
     ) -> Losses:
         """Cross entropy, mean over tokens and sub-codes. In training labels are dropped.
 
-        Args: tokens, inputs: (B, L, G) both.   cond: class ids.   label_smoothing: in [0, 1).
+        Args:
+            tokens, inputs: (B, L, G) both.   cond: class ids.   label_smoothing: in [0, 1).
+            weight: (B, L) to use instead of 1 / L.   hidden_layer: see `Generator.training_options`.
         Returns: loss; accuracy, of sub-codes.
         """
         labels = cond.labels
         if self.training:
             labels = drop_labels(labels, rng, self.config.cond_drop_rate, self.num_classes)
-        logits = self(inputs, labels)
-        loss = weighted_cross_entropy(logits, tokens, 1 / self.layout.length, label_smoothing)
-        return {"loss": loss, "accuracy": (logits.detach().argmax(-1) == tokens).float().mean()}
+        out = self(inputs, labels, hidden_layer)
+        logits, hidden = (out, None) if hidden_layer is None else out
+        loss = weighted_cross_entropy(
+            logits, tokens, 1 / self.layout.length if weight is None else weight, label_smoothing
+        )
+        log: Losses = {"accuracy": (logits.detach().argmax(-1) == tokens).float().mean()}
+        if hidden is not None:
+            log["hidden"] = hidden
+        return {"loss": loss, **log}
 
 
 def _builder(**preset: Any) -> Callable[..., ELM]:

@@ -23,7 +23,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.generators.elm import SIZES, check_heads, drop_labels, fashion_sizes, tiny_of
+from varkit.generators.elm import (
+    FREE_ARGUMENTS,
+    LORA_TARGETS,
+    SIZES,
+    check_heads,
+    drop_labels,
+    fashion_sizes,
+    tiny_of,
+)
 from varkit.generators.llamagen import ClassPrefix
 from varkit.generators.maskgit import MaskedGenerator, MaskedState, masked_cross_entropy
 from varkit.hub import HubMixin
@@ -62,8 +70,12 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
     Raises: ValueError where heads do not divide evenly, naming both sides.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     training_options = frozenset({"label_smoothing"})
+    class_embedding = "cls_embedding.embedding_table"
+    lora_targets = LORA_TARGETS
+    free_arguments = FREE_ARGUMENTS | {"num_steps"}
 
     @register_to_config
     def __init__(
@@ -91,6 +103,7 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         self.layout = TokenLayout(square_grids([grid]), (values,) * sub_codes, latent_dim)
         self.num_classes = num_classes
         self.mask_id: int = values
+        self.gradient_checkpointing = False
         self.cls_embedding = ClassPrefix(num_classes, hidden_size)
         self.tok_embedder = nn.Embedding(values + 1, hidden_size)
         self.tok_dropout = nn.Dropout(token_dropout)
@@ -130,6 +143,10 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         for parameter in self.output.parameters():
             nn.init.zeros_(parameter)
 
+    @property
+    def blocks(self) -> Any:
+        return self.layers
+
     # ---- the network --------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, class_labels: Tensor) -> Tensor:
@@ -138,7 +155,10 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         first = self.cls_embedding(Cond(class_labels)).expand(-1, parts, -1)
         x = self.tok_dropout(torch.cat([first, self.tok_embedder(ids.flatten(1))], 1))  # B S C
         for block in self.layers:
-            x = block(x, self.rotary)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, self.rotary)
+            else:
+                x = block(x, self.rotary)
         logits = self.mlm_layer(self.norm(x[:, parts:]), self.tok_embedder.weight)
         return logits[..., : self.mask_id].float().unflatten(1, (-1, parts))
 

@@ -147,6 +147,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
     Raises: ValueError on an impossible combination.
     """
 
+    _supports_gradient_checkpointing = True
     _no_split_modules = ("Block",)
     training_options = frozenset({"label_smoothing", "unmasked_weight"})
     no_decay = ("pos_embed", "type_embed", "embeddings")
@@ -183,6 +184,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         self.layout = TokenLayout((tuple(grid),), codebook_size, latent_dim)
         self.num_classes = num_classes
         self.mask_id: int = codebook_size
+        self.gradient_checkpointing = False
         vit = backbone == "vit"
         sizes = (hidden_size, num_heads, mlp_hidden, dropout, attention_dropout, 1e-12 if vit else 1e-5)
         self.embeddings = nn.Embedding(codebook_size + 1 + num_classes + 1, hidden_size)
@@ -222,17 +224,23 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         if self.config.backbone == "vit":
             x = self.embed_dropout(self.norm(x + self.type_embed[0]))
             for block in self.blocks:
-                x = block(x)
+                x = self.through(block, x)
         else:
             skips = []
             for block in self.in_blocks:
-                x = block(x)
+                x = self.through(block, x)
                 skips.append(x)
-            x = self.mid_block(x)
+            x = self.through(self.mid_block, x)
             for block in self.out_blocks:
-                x = block(x, skips.pop())
+                x = self.through(block, x, skips.pop())
             x = self.norm(x)
         return self.lm_head(x[:, 1:]).float()
+
+    def through(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """One block, whose inner activations are computed again on the way back where that is wanted."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return cast(Tensor, self._gradient_checkpointing_func(block, *inputs))
+        return cast(Tensor, block(*inputs))
 
     # ---- sampling -----------------------------------------------------------------------------------------
 

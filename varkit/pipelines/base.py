@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Self
 
 import numpy as np
@@ -18,6 +19,7 @@ from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond
 from varkit.layers.packed import can_pack, pack_linears
+from varkit.pipelines.auto import SAMPLERS
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known, StepInfo
@@ -47,6 +49,8 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
         registry.list_models()
+        for module in SAMPLERS.values():
+            import_module(module)
         return super().from_pretrained(*args, **kwargs)
 
     def optimize_decoding(self, **settings: Any) -> Self:
@@ -63,7 +67,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
             if dtype != torch.float32 or not can_pack():
                 raise ValueError(
                     f"on a CPU decoding is prepared by repacking float32 weights with oneDNN; this model is {dtype}, "
-                    f"oneDNN is {'there' if can_pack() else 'not there'}. Leave it out, or give settings of torch.compile"
+                    f"oneDNN is {'there' if can_pack() else 'not there'}. Leave it out, or give torch.compile's settings"
                 )
             pack_linears(transformer)
         elif isinstance(transformer, OneToken):

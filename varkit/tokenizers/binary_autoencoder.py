@@ -172,6 +172,8 @@ class BinaryAutoencoder(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     """
 
     _no_split_modules = ("ResBlock",)
+    free_arguments = frozenset({"sub_codes", "threshold", "code_weight", "grid"})
+    """Constructor arguments that no weight depends on."""
 
     @register_to_config
     def __init__(

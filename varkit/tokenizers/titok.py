@@ -10,7 +10,7 @@ Shapes: B batch, N latent tokens, C latent_dim, D width, P patches (h w of them)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -32,12 +32,14 @@ USAGE_DECAY = 0.99  # of the moving average by which a clustering codebook knows
 
 @dataclass
 class Quantized:
-    """vectors (B, N, C) float32, straight-through to the encoder; ids (B, N); losses of the codebook."""
+    """vectors (B, N, C) float32, straight-through to the encoder; ids (B, N); losses of the codebook; the features
+    (B, N, C) that were coded, without gradient."""
 
     vectors: Tensor
     ids: Tensor
     commitment_loss: Tensor
     codebook_loss: Tensor
+    features: Tensor
 
     @property
     def loss(self) -> Tensor:
@@ -78,7 +80,8 @@ class Quantizer(Codebook):
 
     Args:
         normalize: compare and hand on unit vectors.
-        clustering: in training, pull rarely used codes to the features nearest to them (CVQ-VAE).
+        clustering: in training, pull rarely used codes to the features nearest to them (CVQ-VAE): in each forward that
+            takes a gradient, unless `defer_clustering` leaves it to whoever calls `revive`.
     """
 
     embed_prob: Tensor  # V: moving average of how often each code is used
@@ -86,6 +89,7 @@ class Quantizer(Codebook):
     def __init__(self, size: int, dim: int, commitment_weight: float, normalize: bool, clustering: bool) -> None:
         super().__init__(size, dim)
         self.commitment_weight, self.normalize, self.clustering = commitment_weight, normalize, clustering
+        self.defer_clustering = False
         if clustering:
             self.register_buffer("embed_prob", torch.zeros(size))
 
@@ -111,9 +115,9 @@ class Quantizer(Codebook):
                 z = F.normalize(z, dim=-1)
             commitment = self.commitment_weight * F.mse_loss(z, codes.detach())
             codebook = F.mse_loss(codes, z.detach())
-            if self.clustering and self.training:
+            if self.clustering and self.training and torch.is_grad_enabled() and not self.defer_clustering:
                 self.revive(raw.detach().flatten(0, 1))
-            return Quantized(z + (codes - z).detach(), ids, commitment, codebook)
+            return Quantized(z + (codes - z).detach(), ids, commitment, codebook, raw.detach())
 
     @torch.no_grad()
     def revive(self, z: Tensor) -> None:
@@ -297,6 +301,8 @@ class TiTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
 
     _no_split_modules = ("Block",)
     _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # as Codebook._apply, when opened with torch_dtype=
+    free_arguments = frozenset({"commitment_weight"})
+    """Constructor arguments that no weight depends on."""
 
     @register_to_config
     def __init__(
@@ -465,7 +471,7 @@ class TiTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
             quantized = self.quantize(self.features(images))
         if frozen:
             zero = torch.zeros_like(quantized.loss)
-            quantized = Quantized(quantized.vectors, quantized.ids, zero, zero)
+            quantized = replace(quantized, commitment_loss=zero, codebook_loss=zero)
         return quantized.vectors, quantized
 
     def forward(

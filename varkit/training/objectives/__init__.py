@@ -11,10 +11,13 @@ from varkit.interfaces import Objective
 OBJECTIVES = {
     "multiscale-vq": "varkit.training.objectives.multiscale_vq",
     "vq": "varkit.training.objectives.vq",
+    "titok": "varkit.training.objectives.titok",
+    "bae": "varkit.training.objectives.binary_autoencoder",
     "kl-vae": "varkit.training.objectives.kl_vae",
     "flextok": "varkit.training.objectives.flextok",
     "next-scale": "varkit.training.objectives.next_scale",
     "next-token": "varkit.training.objectives.next_token",
+    "sub-codes": "varkit.training.objectives.sub_codes",
     "classifier": "varkit.training.objectives.classifier",
 }
 """Name -> module; each module has `Config` and `Training`."""

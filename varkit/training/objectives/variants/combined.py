@@ -68,8 +68,11 @@ class Variants(nn.Module):
         self.options = options
         names = ("temperature", "top_k", "top_p", "min_p")
         self.sampling = {k: v for k, v in (sampling or {}).items() if k in names}
-        if not isinstance(tokenizer.layout.codebook_size, int):
-            raise ConfigError("these options are for generators of single ids; this tokenizer gives other tokens")
+        single = isinstance(tokenizer.layout.codebook_size, int)
+        if not single and (options.input_masking or options.self_generated or options.mixed_prediction):
+            raise ConfigError(
+                "these options, but alignment, are for generators of single ids; this tokenizer gives other tokens"
+            )
         self.groups = groups_of(generator)  # L
         self.free = self.groups > 0  # the first group reads no tokens
         if options.input_masking is not None:

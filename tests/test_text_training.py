@@ -19,7 +19,7 @@ from varkit import AutoPipeline, Rng, TextToImagePipeline, registry
 from varkit.cli import app
 from varkit.conditioning.text import TextCondition
 from varkit.config import ConfigError
-from varkit.data.codes import CodeSet
+from varkit.data.codes import CodeSet, write_shard
 from varkit.data.features import FeatureInfo, FeatureSet
 from varkit.data.images import open_images
 from varkit.data.shards import shard_file
@@ -342,3 +342,21 @@ def test_what_does_not_go_together_is_refused_before_the_run(
         with pytest.raises(ConfigError, match=message):
             train(recipe(tmp_path / "run", plan(tokenizer, **stored), *changes_))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_caption_draws_its_image(encoder: Path, tokenizer: str, tmp_path: Path) -> None:
+    """By heart: after some steps the likeliest tokens of each caption are those of its image."""
+    said = ["a red cat", "the blue mat", "dog"]
+    images, codes = captioned(tmp_path / "images", said), tmp_path / "codes"
+    extract_codes(tokenizer, str(images), codes)
+    tokens = torch.tensor([3, 11, 20])[:, None].expand(3, 16)  # one code an image
+    write_shard(codes, 0, tokens[:, None].to(torch.uint16), torch.full((3,), -1), torch.arange(3), said)
+    encoded(encoder, images, tmp_path / "features", store="float16")
+    rates = ("dropout", "token_dropout", "ffn_dropout", "cond_drop_rate")
+    sizes = plan(tokenizer)["model_overrides"] | dict.fromkeys(rates, 0.0)
+    chosen = plan(tokenizer, features=str(tmp_path / "features"), model_overrides=sizes)
+    changes = [f"data.train={codes}", "data.validation=null", "data.flip=false", "loop.steps=40", "optim.lr=1e-2"]
+    changes += ["loop.sample_every=0", "loop.save_every=0", "loop.ema_decay=0", "loop.batch_size=6"]
+    pipeline = AutoPipeline.from_pretrained(train(recipe(tmp_path / "run", chosen, *changes)).model)
+    drawn = pipeline(said, top_k=1, guidance_scale=1.0, seed=0, output_type="latent").images
+    assert torch.equal(drawn, tokens)

@@ -426,7 +426,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
             "codebook_size": 1024,
         },
         "vq_f8_64",
-        "a small one for captioned images of 64x64 and features of 768 numbers, 16 M parameters",
+        "a small one for captioned images of 64x64 and features of 768 numbers, 15 M parameters",
     ),
     "llamagen_fashion": (
         {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8, "codebook_size": 512},

@@ -151,6 +151,18 @@ def test_long_captions_are_cut_and_counted_or_refused(
     assert not (tmp_path / "strict").exists()
 
 
+def test_features_that_overflow_are_refused_and_leave_no_shard(encoder: Path, images: Path, tmp_path: Path) -> None:
+    condition = TextCondition(str(encoder), max_length=6)
+    condition.open()
+    with torch.no_grad():
+        condition.encoder.encoder.final_layer_norm.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"not finite in .*float16; store float32"):
+        extract_features(condition, [str(images)], tmp_path / "features")
+    assert sorted(files(tmp_path / "features")) == ["layout.json"]
+    extract_features(condition, [str(images)], tmp_path / "wide", store="float32")
+    assert len(FeatureSet(tmp_path / "wide")) == len(SAID)
+
+
 def test_features_made_otherwise_and_sets_without_captions_are_refused(
     encoder: Path, images: Path, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,9 +49,7 @@ class Encoded(NamedTuple):
     cut: int
 
 
-def read_captions(
-    sources: Sequence[str], splits: Sequence[str] = ("train",), root: str | None = None, clean: bool = True
-) -> Captions:
+def read_captions(sources: Sequence[str], splits: Sequence[str] = ("train",), clean: bool = True) -> Captions:
     """The captions of image sets or token files, each source in each split (token files have none).
 
     Raises: ValueError when a source has no captions, or none of them says anything; as `open_images`.
@@ -61,7 +59,7 @@ def read_captions(
     for source in sources:
         coded = is_code_folder(source)
         for split in splits[:1] if coded else splits:
-            data = CodeSet(source) if coded else open_images(source, split=split, root=root)
+            data = CodeSet(source) if coded else open_images(source, split=split)
             if data.texts is None:
                 raise ValueError(
                     f"{source}{'' if coded else f' ({split})'} has no captions; give images with texts: `text` in "
@@ -85,7 +83,6 @@ def extract_features(
     *,
     name: str = "",
     splits: Sequence[str] = ("train",),
-    root: str | None = None,
     max_length: int = 120,
     clean: bool = True,
     strict: bool = False,
@@ -102,8 +99,9 @@ def extract_features(
     """Encode each caption once, in shards; shards that are there are kept, and go to processes in turn.
 
     Args:
-        encoder: a `TextCondition`, whose max_length and clean then count, or the name or folder of an encoder.
-        sources, splits, root: see `read_captions`.   name: what the record calls the encoder.
+        encoder: a `TextCondition`, whose max_length and clean then count, and whose network moves to `device` and
+            `dtype`; or the name or folder of an encoder.
+        sources, splits: see `read_captions`.   name: what the record calls the encoder.
         max_length: tokens kept of a caption.   clean: see `TextCondition`.
         strict: refuse captions that are longer, before any work.
         store: type of the stored features.   dtype: of the encoder while it runs.
@@ -119,7 +117,7 @@ def extract_features(
         raise ValueError(f"features are stored as {' or '.join(STORED)}; got {store!r}")
     if isinstance(encoder, str):
         name, encoder = name or encoder, TextCondition(encoder, max_length=max_length, clean=clean)
-    captions = read_captions(sources, splits, root, encoder.clean)
+    captions = read_captions(sources, splits, encoder.clean)
     encoder.open()
     if strict:
         _refuse_long(encoder, captions.texts)
@@ -144,14 +142,11 @@ def extract_features(
     there = sum(len(info.entries(k)) for k in mine) - made
     if there and announce is not None:
         announce(f"{there} captions are there already")
-    if wanted:
-        encoder.encoder.to(device, dtype)
+    encoder.encoder.to(device, dtype)
     with tqdm(total=made, unit="caption", disable=not progress, file=sys.stderr) as bar:
         for shard in wanted:
             texts = [captions.texts[i] for i in info.entries(shard)]
-            tokens = encoder.lengths(texts)
-            rows = dict(_encoded(encoder, texts, tokens, batch_size, getattr(torch, store), bar))
-            write_features(out, shard, texts, [rows[i] for i in range(len(texts))], tokens)
+            _write_shard(encoder, out, shard, texts, batch_size, getattr(torch, store), bar)
     cut = cut_captions(out, info, mine)
     if cut:
         logger.warning("%d captions have more than %d tokens: the rest is left out", cut, info.max_length)
@@ -169,20 +164,21 @@ def _refuse_long(encoder: TextCondition, texts: list[str]) -> None:
         )
 
 
-def _encoded(
-    encoder: TextCondition, texts: list[str], tokens: list[int], batch_size: int, store: torch.dtype, bar: Any
-) -> Iterator[tuple[int, Tensor]]:
-    """The place of each caption and its features (length, E), those of like length together: less padding."""
+def _write_shard(
+    encoder: TextCondition, out: Path, shard: int, texts: list[str], batch_size: int, store: torch.dtype, bar: Any
+) -> None:
+    """Encode the captions of a shard, those of like length together: less padding."""
+    tokens, rows = encoder.lengths(texts), dict[int, Tensor]()
     order = sorted(range(len(texts)), key=lambda i: tokens[i])
     for first in range(0, len(order), batch_size):
         some = order[first : first + batch_size]
         states, real = encoder.states([texts[i] for i in some], "longest")
-        states = states.to(store)
-        if not states[real.bool()].isfinite().all():
+        states, real = states.to(store).cpu(), real.bool().cpu()
+        if not states[real].isfinite().all():
             raise ValueError(
                 f"features of {texts[some[0]][:60]!r} or of captions beside it are not finite in {store}; store "
                 f"float32, and run the encoder in float32 or bfloat16"
             )
+        rows |= {i: row[mask] for i, row, mask in zip(some, states, real, strict=True)}
         bar.update(len(some))
-        for i, row, mask in zip(some, states.cpu(), real.bool().cpu(), strict=True):
-            yield i, row[mask]
+    write_features(out, shard, texts, [rows[i] for i in range(len(texts))], tokens)

@@ -66,11 +66,13 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "heavy: []" in done.stdout
-    for command in ("sample", "reconstruct", "data", "train", "convert", "list", "info", "demo"):
+    for command in ("sample", "reconstruct", "data", "train", "features", "convert", "list", "info", "demo"):
         assert f" {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["sample", "reconstruct", "data check", "train", "convert", "list", "info", "demo"])
+@pytest.mark.parametrize(
+    "command", ["sample", "reconstruct", "data check", "train", "features", "convert", "list", "info", "demo"]
+)
 def test_every_option_of_every_command_has_a_help_text(command: str) -> None:
     import typer
 

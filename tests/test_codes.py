@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 
 from tests.test_models import tiny
 from varkit.cli import app
-from varkit.data.codes import CodeSet, read_info, shard_file, storage_dtype, write_info
+from varkit.data.codes import CodeInfo, CodeSet, storage_dtype
 from varkit.data.images import collate, open_images
+from varkit.data.shards import shard_file
 from varkit.data.transforms import ImageTransform
 from varkit.layout import TokenLayout
 from varkit.pipelines.extract_codes import Views, extract_codes
@@ -222,12 +223,12 @@ def test_what_does_not_go_together_is_refused(tokenizer: Any, images: Path, tmp_
     with pytest.raises(ValueError, match="fingerprint"):
         make(other, images, tmp_path / "codes")
     with pytest.raises(ValueError, match=r"is not empty and holds no layout\.json"):
-        write_info(images, codes.info)
+        codes.info.begin(images)
     with pytest.raises(IndexError, match=r"out of range for 11 images"):
         codes[11]
     (tmp_path / "codes" / "layout.json").write_text("{")
     with pytest.raises(ValueError, match="damaged"):
-        read_info(tmp_path / "codes")
+        CodeInfo.read(tmp_path / "codes")
     with pytest.raises(FileNotFoundError, match="varkit tokenize"):
         CodeSet(images)
     for wrong, message in (

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import varkit
+from varkit.commands import features as of_features
+from varkit.commands.common import Device, Dtype, Json, refusing, say
 
 app = typer.Typer(
     help="varkit: images by next-scale, next-token and next-block prediction.",
@@ -23,30 +23,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at a data folder; prepare a named data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
-
-
-def refusing(function: Callable[..., None]) -> Callable[..., None]:
-    """Bad input ends in one line on standard error and exit code 2."""
-
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            function(*args, **kwargs)
-        except BrokenPipeError:  # whoever reads has seen enough
-            raise typer.Exit(1) from None
-        except (ValueError, OSError, ImportError) as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
-
-    return wrapped
-
-
-def say(text: str) -> None:
-    typer.echo(text, err=True)
 
 
 def open_pipeline(name: str, device: str, dtype: str) -> Any:
@@ -88,6 +64,13 @@ def sample(
     ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="What to draw, for a model of texts. Repeatable; cycled.")
+    ] = None,
+    features: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Features made before: a file a caption (.npy, .safetensors), repeatable, instead of --prompt; or a "
+            "folder of `varkit features` that holds those of each --prompt."
+        ),
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
     num: Annotated[int | None, typer.Option(min=1, help="Images in all. Default: one a class or prompt.")] = None,
@@ -132,11 +115,15 @@ def sample(
     if optimize:
         pipeline.optimize_decoding()
     of_text = pipeline.transformer.condition == "text"
-    if of_text and (not prompt or classes):
-        raise ValueError(f"{name} draws from texts: give --prompt, and no --class")
-    if not of_text and (prompt or negative_prompt):
-        raise ValueError(f"{name} draws from classes: give --class, and no --prompt or --negative-prompt")
+    if of_text and (not (prompt or features) or classes):
+        raise ValueError(f"{name} draws from texts: give --prompt or --features, and no --class")
+    if not of_text and (prompt or negative_prompt or features):
+        raise ValueError(f"{name} draws from classes: give --class, and no --prompt, --negative-prompt or --features")
     ids: list[Any] = list(prompt or ())
+    draw = pipeline
+    if features:
+        rows = of_features.features_of(features, ids)
+        ids, draw = ids or list(rows), lambda wanted, **more: pipeline(features=[rows[name] for name in wanted], **more)
     if not of_text:
         names = classes.split(",") if classes else [str(i) for i in range(pipeline.transformer.num_classes)]
         ids = pipeline.label_ids(names)
@@ -161,9 +148,9 @@ def sample(
         f"({settings['guidance_schedule']}), {dtype} on {pipeline.device}"
     )
     began = time.perf_counter()
-    made = generate(pipeline, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps, **extra)
+    made = generate(draw, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps, **extra)
     record = {"model": name, "seed": seed, "dtype": dtype, **settings, **extra, "version": varkit.__version__}
-    kind, kinds = ("prompt", "prompts") if of_text else ("class", "classes")
+    kind, kinds = ("prompt", "prompts") if prompt else ("features", "features") if features else ("class", "classes")
     images, labels, files = [], [], []
     for index, label, image in tqdm(made, total=num, unit="image", disable=not sys.stderr.isatty()):
         if out.suffix == "":  # a folder: written as they come, so a long run loses nothing
@@ -458,6 +445,9 @@ def tokenize(
                 f"{len(views.names)} view{'s' if len(views.names) > 1 else ''} each"
             )
     state.destroy_process_group()
+
+
+app.command()(of_features.features)
 
 
 @app.command()

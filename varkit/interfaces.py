@@ -301,6 +301,13 @@ class Objective(nn.Module, ABC):
             f"data.train and data.validation. Token files are for generators: next-token, next-scale"
         )
 
+    def check_texts(self, name: str, texts: Sequence[str] | None) -> None:
+        """Called before a run with the captions of each set of images, None where it has none.
+
+        Args: name: of the set's key in the recipe.
+        Raises: ValueError when the objective cannot use them, with what to do.
+        """
+
     @abstractmethod
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         """Losses of one micro-batch in one phase of optimiser step `step` (from 0)."""

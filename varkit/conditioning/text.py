@@ -22,6 +22,11 @@ logger = logging.getLogger(__name__)
 T5 = "google/flan-t5-xl"
 
 
+def as_read(text: str, clean: bool) -> str:
+    """A caption as the encoder reads it; nothing may be left of it."""
+    return clean_caption(text) if clean else text.strip()
+
+
 def left_padded(sequence: Tensor, mask: Tensor) -> Cond:
     """Right-padded features (B, T, E) and mask (B, T), 1 where real -> real ones last, zeros before."""
     count = mask.shape[1]
@@ -36,8 +41,9 @@ class TextCondition(Condition):
     """Prompts, or features made of them before, as a condition.
 
     Args:
-        encoder: a transformers encoder (such as a T5EncoderModel), or the name or folder of one, opened when first
-            needed.   tokenizer: its tokenizer; opened with the encoder when that is a name.
+        encoder: a transformers encoder (such as a T5EncoderModel), or the name or folder of one (T5 and whatever else
+            `AutoModelForTextEncoding` opens), opened when first needed.
+        tokenizer: its tokenizer; opened with the encoder when that is a name.
         max_length: T, tokens a caption; shorter ones are padded on the left, longer ones cut with a warning.
         clean: take links, mark-up and codes out first (`clean_caption`).
         strict: refuse captions that are too long.
@@ -62,25 +68,25 @@ class TextCondition(Condition):
         if not isinstance(self.encoder, str | Path):
             return
         try:
-            from transformers import AutoTokenizer, T5EncoderModel
+            from transformers import AutoModelForTextEncoding, AutoTokenizer
         except ImportError:
             raise ImportError("prompts need the package transformers: pip install 'varkit[text]'") from None
         name = str(self.encoder)
         try:
             self.tokenizer = self.tokenizer or AutoTokenizer.from_pretrained(name)
-            self.encoder = T5EncoderModel.from_pretrained(name).eval()
+            self.encoder = AutoModelForTextEncoding.from_pretrained(name).eval()
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(
-                f"the text encoder {name!r} cannot be opened: {first}. Give the folder of a transformers T5 encoder, "
-                f"or features made of the prompts before (features=)"
+                f"the text encoder {name!r} cannot be opened: {first}. Give the folder of a transformers encoder, "
+                f"such as a T5, or features made of the prompts before (features=)"
             ) from None
 
     def encode(  # type: ignore[override]
         self,
         *,
         prompt: str | Sequence[str] | None = None,
-        features: Tensor | str | Path | Sequence[str | Path] | None = None,
+        features: Tensor | str | Path | Sequence[str | Path | Tensor] | None = None,
         mask: Tensor | None = None,
         **_: Any,
     ) -> Cond:
@@ -88,8 +94,8 @@ class TextCondition(Condition):
 
         Args:
             prompt: one text or several. An empty one is an error: no condition at all is `null`.
-            features: instead of prompts: (B, T, E) padded on the right, with `mask` (B, T); or one file a caption,
-                .npy or .safetensors, holding (n, E) or (1, n, E) of its n tokens.
+            features: instead of prompts: (B, T, E) padded on the right, with `mask` (B, T); or for each caption a
+                tensor (n, E) of its n tokens, or a file, .npy or .safetensors, that holds (n, E) or (1, n, E).
         Raises: ValueError on an empty or (strict) too long prompt, or other shapes; FileNotFoundError.
         """
         if (prompt is None) == (features is None):
@@ -97,23 +103,40 @@ class TextCondition(Condition):
         if features is not None:
             return self._from_features(features, mask)
         texts = self.cleaned([prompt] if isinstance(prompt, str) else list(prompt or ()))
-        self.open()
-        if self.tokenizer is None:
-            raise ValueError("a text encoder needs its tokenizer: give tokenizer=")
-        lengths = [len(ids) for ids in self.tokenizer(texts)["input_ids"]]
-        for text, length in zip(texts, lengths, strict=True):
+        for text, length in zip(texts, self.lengths(texts), strict=True):
             if length > self.max_length:
                 told = f"the prompt {text[:40]!r}... has {length} tokens; {self.max_length} are read"
                 if self.strict:
                     raise ValueError(f"{told}. Shorten it")
                 logger.warning("%s: the rest is left out", told)
+        return left_padded(*self.states(texts))
+
+    @property
+    def width(self) -> int:
+        """E of the encoder; opens it."""
+        self.open()
+        return int(self.encoder.config.hidden_size)
+
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, none cut off. `texts` are as the encoder reads them (`as_read`)."""
+        self.open()
+        if self.tokenizer is None:
+            raise ValueError("a text encoder needs its tokenizer: give tokenizer=")
+        return [len(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+
+    @torch.no_grad()
+    def states(self, texts: Sequence[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
+        """What the encoder makes of texts as it reads them: (B, T, E) padded on the right, and (B, T), 1 where real.
+
+        Args: padding: `max_length`, or `longest`, which is faster, and the same but for rounding.
+        """
+        self.open()
         batch = self.tokenizer(
-            texts, max_length=self.max_length, padding="max_length", truncation=True, return_tensors="pt"
+            list(texts), max_length=self.max_length, padding=padding, truncation=True, return_tensors="pt"
         )
         device = next(self.encoder.parameters()).device
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        with torch.no_grad():
-            return left_padded(self.encoder(input_ids=ids, attention_mask=real).last_hidden_state, real)
+        return self.encoder(input_ids=ids, attention_mask=real).last_hidden_state, real
 
     def cleaned(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as they are encoded. Raises ValueError naming the first of which nothing is left."""
@@ -123,7 +146,7 @@ class TextCondition(Condition):
         for i, prompt in enumerate(prompts):
             if not isinstance(prompt, str):
                 raise ValueError(f"prompt {i} must be a text; got {type(prompt).__name__}")
-            text = clean_caption(prompt) if self.clean else prompt.strip()
+            text = as_read(prompt, self.clean)
             if not text:
                 why = f"nothing is left of {prompt!r} when it is cleaned" if prompt.strip() else "it is empty"
                 raise ValueError(f"prompt {i}: {why}. Write what to draw; without any condition, leave prompt out")
@@ -139,7 +162,8 @@ class TextCondition(Condition):
                 )
             rows = [f[m.bool()] for f, m in zip(features, mask, strict=True)]
         else:
-            rows = [_read(Path(p)) for p in ([features] if isinstance(features, str | Path) else features)]
+            given = [features] if isinstance(features, str | Path) else features
+            rows = [f.float() if isinstance(f, Tensor) else read_features(Path(f)) for f in given]
         if not rows or any(len(row) == 0 for row in rows) or len({row.shape[-1] for row in rows}) > 1:
             raise ValueError("features must hold at least one token each, all of one width")
         padded = rows[0].new_zeros(len(rows), self.max_length, rows[0].shape[-1])
@@ -162,8 +186,8 @@ class TextCondition(Condition):
         return Cond(sequence=self.null_features.to(sequence).expand_as(sequence), mask=mask)
 
 
-def _read(path: Path) -> Tensor:
-    """(n, E) float32 features of a caption."""
+def read_features(path: Path) -> Tensor:
+    """(n, E) float32 features of a caption, of one .npy or .safetensors file. Raises FileNotFoundError, ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file of text features: {path}")
     if path.suffix == ".safetensors":

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import json
 import operator
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,98 +23,44 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from varkit.data.shards import ShardInfo, has_layout, require_whole, shard_file, write_whole
 from varkit.layout import TokenLayout
 from varkit.rng import Draw, Rng
 
-VERSION = 1
-LAYOUT_FILE = "layout.json"
 
-
-@dataclass(frozen=True)
-class CodeInfo:
+@dataclass(frozen=True, kw_only=True)
+class CodeInfo(ShardInfo):
     """What `layout.json` says.
 
     tokenizer: its name, as it was opened.   fingerprint: of its configuration and weights.
-    source, split: the images, as `open_images` took them.   count: of images.   shard_size: images a file.
+    source, split: the images, as `open_images` took them; `count` of them.
     views: V, and how they were made, for people.   dtype: of the stored tokens.
     """
+
+    kind: ClassVar[str] = "token files"
+    made_by: ClassVar[str] = "varkit tokenize"
 
     layout: dict[str, Any]
     tokenizer: str
     fingerprint: str
     source: str
     split: str
-    count: int
-    shard_size: int
     classes: list[str]
     views: list[str]
     dtype: str
     texts: bool = False
-    version: int = VERSION
 
     @property
     def token_layout(self) -> TokenLayout:
         return TokenLayout.from_dict(self.layout)
 
-    @property
-    def shards(self) -> int:
-        return -(-self.count // self.shard_size)
-
-    def images_of(self, shard: int) -> range:
-        """Indices of the images of a shard."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.count))
-
 
 def is_code_folder(source: str | Path) -> bool:
-    return (Path(source).expanduser() / LAYOUT_FILE).is_file()
-
-
-def shard_file(folder: Path, shard: int) -> Path:
-    return folder / f"{shard:05d}.safetensors"
+    return has_layout(source)
 
 
 def texts_file(folder: Path, shard: int) -> Path:
     return folder / f"{shard:05d}.texts.json"
-
-
-def write_info(folder: Path, info: CodeInfo) -> None:
-    """Begin a folder, or go on with one. Raises ValueError naming what differs from what is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if is_code_folder(folder):
-        there, wanted = asdict(read_info(folder)), asdict(info)
-        other = [f"{k}: {there[k]!r} there, {wanted[k]!r} now" for k in wanted if there[k] != wanted[k]]
-        if other:
-            raise ValueError(
-                f"{folder} holds tokens made otherwise ({'; '.join(other)}); choose another folder, or remove that one"
-            )
-        return
-    if any(p for p in folder.iterdir() if not p.name.startswith(".")):
-        raise ValueError(f"{folder} is not empty and holds no {LAYOUT_FILE}; choose a new folder")
-    _write(
-        folder / LAYOUT_FILE, lambda part: part.write_text(json.dumps(asdict(info), indent=1) + "\n"), f".{os.getpid()}"
-    )
-
-
-def read_info(folder: str | Path) -> CodeInfo:
-    """Raises FileNotFoundError, or ValueError when `layout.json` is damaged or of a later version."""
-    path = Path(folder).expanduser() / LAYOUT_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no {LAYOUT_FILE}; make token files with `varkit tokenize`")
-    try:
-        info = CodeInfo(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged, or written by another version of varkit: {error}") from None
-    if info.version != VERSION:
-        raise ValueError(f"{path} has version {info.version}; this varkit reads version {VERSION}")
-    return info
-
-
-def _write(path: Path, write: Any, tag: str = "") -> None:
-    """Whole or not at all. A shard belongs to one process, whose next run replaces a part that was left behind."""
-    part = path.with_name(f".{path.name}{tag}.part")
-    write(part)
-    os.chmod(part, 0o644)  # safetensors makes files that only their owner reads
-    os.replace(part, path)
 
 
 def write_shard(
@@ -123,9 +68,9 @@ def write_shard(
 ) -> None:
     """Atomically; the texts first, so that a shard that is there is whole."""
     if texts is not None:
-        _write(texts_file(folder, shard), lambda part: part.write_text(json.dumps(texts, ensure_ascii=False)))
+        write_whole(texts_file(folder, shard), lambda part: part.write_text(json.dumps(texts, ensure_ascii=False)))
     tensors = {"tokens": tokens.contiguous(), "labels": labels, "index": index}
-    _write(shard_file(folder, shard), lambda part: save_file(tensors, part))
+    write_whole(shard_file(folder, shard), lambda part: save_file(tensors, part))
 
 
 def shard_is_whole(folder: Path, info: CodeInfo, shard: int) -> bool:
@@ -163,13 +108,8 @@ class CodeSet(Dataset[dict[str, Any]]):
 
     def __init__(self, folder: str | Path, *, random_view: bool = True, seed: int = 0) -> None:
         self.folder = Path(folder).expanduser()
-        self.info = read_info(self.folder)
-        missing = [k for k in range(self.info.shards) if not shard_is_whole(self.folder, self.info, k)]
-        if missing:
-            raise ValueError(
-                f"{self.folder} is not finished: {len(missing)} of {self.info.shards} shards are missing or damaged "
-                f"(the first is {shard_file(self.folder, missing[0]).name}); run the same `varkit tokenize` again"
-            )
+        self.info = CodeInfo.read(self.folder)
+        require_whole(self.folder, self.info, lambda k: shard_is_whole(self.folder, self.info, k))
         self.random_view, self.seed = random_view, seed
         self.layout, self.classes = self.info.token_layout, list(self.info.classes)
         self.name, self.source = self.folder.name, str(self.folder)

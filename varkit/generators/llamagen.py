@@ -425,6 +425,19 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
         "vq_f8_64",
         "a small one for folders of 64x64 images, 15 M parameters",
     ),
+    "llamagen_t2i_small_64": (
+        {
+            "num_classes": None,
+            "text_dim": 768,
+            "depth": 8,
+            "hidden_size": 384,
+            "num_heads": 6,
+            "grid": 8,
+            "codebook_size": 1024,
+        },
+        "vq_f8_64",
+        "a small one for captioned images of 64x64 and features of 768 numbers, 15 M parameters",
+    ),
     "llamagen_fashion": (
         {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8, "codebook_size": 512},
         "vq_fashion",

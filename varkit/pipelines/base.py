@@ -67,7 +67,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
             if dtype != torch.float32 or not can_pack():
                 raise ValueError(
                     f"on a CPU decoding is prepared by repacking float32 weights with oneDNN; this model is {dtype}, "
-                    f"oneDNN is {'there' if can_pack() else 'not there'}. Leave it out, or give torch.compile's settings"
+                    f"oneDNN {'is' if can_pack() else 'is not'} there. Leave it out, or give settings of torch.compile"
                 )
             pack_linears(transformer)
         elif isinstance(transformer, OneToken):

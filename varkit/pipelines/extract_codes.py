@@ -23,7 +23,6 @@ from varkit.data.codes import (
     CodeInfo,
     shard_is_whole,
     storage_dtype,
-    write_info,
     write_shard,
 )
 from varkit.data.images import ImageDataset, collate, open_images
@@ -157,23 +156,23 @@ def extract_codes(
         dtype=str(storage).removeprefix("torch."),
         texts=dataset.texts is not None,
     )
-    write_info(out, info)  # processes that start together write the same
+    info.begin(out)  # processes that start together write the same
     mine = range(process_index, info.shards, num_processes)
     wanted = [k for k in mine if not shard_is_whole(out, info, k)]
-    there = sum(len(info.images_of(k)) for k in mine) - sum(len(info.images_of(k)) for k in wanted)
+    there = sum(len(info.entries(k)) for k in mine) - sum(len(info.entries(k)) for k in wanted)
     if there and announce is not None:
         announce(f"{there} images are there already")
     made = skipped = 0
-    total = sum(len(info.images_of(k)) for k in wanted)
+    total = sum(len(info.entries(k)) for k in wanted)
     with tqdm(total=total, unit="image", disable=not progress, file=sys.stderr) as bar:
         for shard in wanted:
-            parts = list(_shard(tokenizer, dataset, list(info.images_of(shard)), views, batch_size, workers, seed, bar))
+            parts = list(_shard(tokenizer, dataset, list(info.entries(shard)), views, batch_size, workers, seed, bar))
             index = torch.cat([i for i, _ in parts])
             tokens = torch.cat([t for _, t in parts]).to(storage)
             texts = None if dataset.texts is None else [dataset.texts[i] for i in index.tolist()]
             write_shard(out, shard, tokens, dataset.labels[index], index, texts)
             made += len(index)
-            skipped += len(info.images_of(shard)) - len(index)
+            skipped += len(info.entries(shard)) - len(index)
     return Extracted(out, len(dataset), made, there, skipped)
 
 

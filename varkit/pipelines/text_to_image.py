@@ -18,7 +18,7 @@ from varkit.rng import Rng
 from varkit.samplers.next_group import Known
 
 Prompt = str | Sequence[str]
-Features = Tensor | str | Path | Sequence[str | Path]
+Features = Tensor | str | Path | Sequence[str | Path | Tensor]
 
 
 class TextToImagePipeline(ImagePipeline):
@@ -30,7 +30,8 @@ class TextToImagePipeline(ImagePipeline):
         sampler: a `NextGroupSampler`; its configuration holds this model's default settings.
         text_encoder, tokenizer: a transformers encoder and its tokenizer; saved with the pipeline. Without them
             `text_encoder_name` is opened when the first prompt comes; features need neither.
-        text_encoder_name: a transformers T5 encoder, by name or folder.
+        text_encoder_name: a transformers encoder, by name or folder.
+        clean_prompts: take links, mark-up and codes out of prompts, as out of the captions in training.
     Raises: ValueError when the parts were not made for each other.
     """
 
@@ -45,6 +46,7 @@ class TextToImagePipeline(ImagePipeline):
         text_encoder: Any = None,
         tokenizer: Any = None,
         text_encoder_name: str = T5,
+        clean_prompts: bool = True,
     ) -> None:
         super().__init__()
         transformer.layout.require(image_tokenizer.layout, "the transformer", "the image tokenizer")
@@ -57,7 +59,7 @@ class TextToImagePipeline(ImagePipeline):
             text_encoder=text_encoder,
             tokenizer=tokenizer,
         )
-        self.register_to_config(text_encoder_name=text_encoder_name)
+        self.register_to_config(text_encoder_name=text_encoder_name, clean_prompts=clean_prompts)
         self._opened: TextCondition | None = None
 
     @property
@@ -65,8 +67,8 @@ class TextToImagePipeline(ImagePipeline):
         """What turns prompts into features; the encoder is opened when first needed."""
         if self._opened is None or self.text_encoder not in (None, self._opened.encoder):
             encoder = self.config.text_encoder_name if self.text_encoder is None else self.text_encoder
-            length = self.transformer.config.text_length
-            self._opened = TextCondition(encoder, self.tokenizer, max_length=length)
+            length, clean = self.transformer.config.text_length, self.config.clean_prompts
+            self._opened = TextCondition(encoder, self.tokenizer, max_length=length, clean=clean)
         return self._opened
 
     def encode_prompt(

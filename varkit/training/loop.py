@@ -146,7 +146,7 @@ class Trainer:
         set_seed(self.loop.seed)
         self.objective: Objective = self._build()
         self.objective.max_steps = self.loop.steps
-        self._check_codes()
+        self._check_data()
         if place()[0] > 0:  # the same networks everywhere, another dropout on each process
             set_seed(self.loop.seed, device_specific=True)
         self.objective.train()
@@ -209,9 +209,11 @@ class Trainer:
     def _build(self) -> Objective:
         return build_objective(self.recipe.objective, self.dataset.classes)
 
-    def _check_codes(self) -> None:
-        """Raises ConfigError or ValueError when there are token files that do not fit what is trained."""
+    def _check_data(self) -> None:
+        """Raises ConfigError or ValueError when token files or captions do not fit what is trained."""
         for name, data in (("train", self.dataset), ("validation", self.validation)):
+            if data is not None:
+                self.objective.check_texts(f"data.{name}", data.texts)
             if isinstance(data, CodeSet):
                 self.objective.check_codes(data.info)
                 if self.recipe.data.flip and name == "train":

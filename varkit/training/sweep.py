@@ -170,7 +170,8 @@ def forward_flops(objective: Objective, batch: dict[str, Any]) -> int:
     """
     model = objective.trained("main")
     device = next(model.parameters()).device
-    batch = {k: v if k == "keys" else v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    moved = {k: v.to(device) for k, v in batch.items() if k != "keys" and isinstance(v, torch.Tensor)}
+    batch = batch | moved  # texts are strings
     counter, began, spent = FlopCounterMode(display=False), [0], [0]
     hooks = [
         model.register_forward_pre_hook(lambda *_: began.append(counter.get_total_flops())),

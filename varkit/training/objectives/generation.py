@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,12 @@ from varkit import registry
 from varkit.conditioning.label import LabelCondition
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
-from varkit.interfaces import Generator, Losses, Objective, Tokenizer
+from varkit.interfaces import Cond, Generator, Losses, Objective, Tokenizer
 from varkit.pipelines.auto import assemble, open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint
 from varkit.rng import Rng
 from varkit.training import finetune, lora
+from varkit.training.captions import Captions
 from varkit.training.codes import CodeMemory
 from varkit.training.objectives.variants.arra import FrozenEncoder
 from varkit.training.objectives.variants.combined import Together, VariantConfig, Variants
@@ -46,6 +48,7 @@ class GeneratorTraining(Objective):
 
     shards = True
     kind: type[Any]  # class of the generator; a subclass sets it before `__init__`, or for good
+    captions: Captions | None = None  # of a generator of texts; a subclass sets it before `__init__`
     config: Any
 
     def __init__(self, config: Any, classes: list[str]) -> None:
@@ -60,6 +63,10 @@ class GeneratorTraining(Objective):
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.condition = LabelCondition(self.model.num_classes)
+        if self.captions is not None:
+            self.captions.fit(self.model)
+            if self.captions.network is not None:
+                self.freeze("text_encoder", self.captions.network)
         self.max_steps = 1
         self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
         self._pipeline()  # settings that the sampler does not know are refused now, not at the end
@@ -77,7 +84,16 @@ class GeneratorTraining(Objective):
         if self.config.init_from is not None:
             model, note = finetune.start_from(self.config, self.kind, self.classes)
             self.notes.append(note)
+            wanted = "class" if self.captions is None else "text"
+            if model.condition != wanted:
+                raise ConfigError(
+                    f"objective.init_from {self.config.init_from} is conditioned on {model.condition}, objective.model "
+                    f"{self.config.model} on {wanted}; name a model of the same condition in objective.model"
+                )
             return model
+        if self.captions is not None:
+            own = {"num_classes": None, **self.captions.sizes(), **self.sizes(tokenizer)}
+            return self.fresh(own | self.config.model_overrides)
         sizes = {
             "num_classes": max(len(self.classes), 1),
             **self.sizes(tokenizer),
@@ -122,6 +138,17 @@ class GeneratorTraining(Objective):
                 f"objective.{needy[0]} reads the images, token files hold none; give the images in data.train"
             )
 
+    def check_texts(self, name: str, texts: Sequence[str] | None) -> None:
+        """Raises ConfigError when a generator of texts has no captions, or no features of some."""
+        if self.captions is not None:
+            self.notes += self.captions.check(name, texts)
+
+    def cond(self, batch: dict[str, Any]) -> Cond:
+        """What the images of a batch are drawn from: their captions, or their classes."""
+        if self.captions is None:
+            return self.condition.encode(class_labels=batch["labels"].clamp_min(0))
+        return self.captions.encode(batch["texts"], self.model, batch["labels"].device)
+
     def tokens(self, batch: dict[str, Tensor]) -> Tensor:
         """The codes of a batch of images or of token files, (B, L)."""
         if "tokens" in batch:
@@ -134,8 +161,7 @@ class GeneratorTraining(Objective):
         with torch.no_grad():
             tokens = self.tokens(batch)
             inputs = self.frozen("tokenizer").embed(tokens)
-        cond = self.condition.encode(class_labels=batch["labels"].clamp_min(0))
-        return cast(Generator, self.model).training_loss(tokens, inputs, cond, rng, **options)
+        return cast(Generator, self.model).training_loss(tokens, inputs, self.cond(batch), rng, **options)
 
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         options = self.options(step, max_steps)
@@ -145,7 +171,7 @@ class GeneratorTraining(Objective):
             self.model,
             self.frozen("tokenizer"),
             batch.get("images"),
-            self.condition.encode(class_labels=batch["labels"].clamp_min(0)),
+            self.cond(batch),
             rng,
             step=step,
             max_steps=max_steps,
@@ -160,7 +186,18 @@ class GeneratorTraining(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
-        """Up to ten classes, five images each, by the sampler's default settings."""
+        """Up to ten classes, five images each, or one image a caption, by the sampler's default settings."""
+        if self.captions is not None:
+            cond = self.cond(batch)
+            images = self._pipeline().draw(
+                cond,
+                self.model.null(cond),
+                Rng.from_seed(0, len(cond)).to(batch["labels"].device),
+                known=None,
+                output_type="pt",
+                callback=None,
+            )[0]
+            return images * 2 - 1
         classes = torch.arange(self.model.num_classes, device=batch["labels"].device)[:10]
         out = self._pipeline()(
             class_labels=classes.repeat(5).tolist(), rng=Rng.from_seed(0, 5 * len(classes)), output_type="pt"
@@ -169,7 +206,10 @@ class GeneratorTraining(Objective):
 
     def _pipeline(self, model: Any = None) -> Any:
         pipeline = assemble(model or self.model, self.frozen("tokenizer"), self.config.sampling)
-        pipeline.register_to_config(id2label={str(i): name for i, name in enumerate(self.classes)} or None)
+        if self.captions is not None:
+            pipeline.register_to_config(text_encoder_name=self.captions.encoder, clean_prompts=self.captions.clean)
+        else:
+            pipeline.register_to_config(id2label={str(i): name for i, name in enumerate(self.classes)} or None)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 

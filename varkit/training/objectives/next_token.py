@@ -15,6 +15,7 @@ import torch
 from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.generators.rar import random_ratio
+from varkit.training.captions import Captions
 from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining
 
 ORDERS = (0.5, 0.75)
@@ -30,6 +31,8 @@ class Config(GeneratorConfig):
     label_smoothing: float | None = None  # None: as the generator's paper
     random_orders: tuple[float, float] | None = None  # RAR: shares of the run until which all images, and after which
     # none, come in a random order; None: 0.5 and 0.75
+    features: str | None = None  # of a generator of texts: a folder of `varkit features` with all captions
+    text_encoder: str | None = None  # instead: a transformers encoder that makes them anew for each batch
 
     def __post_init__(self) -> None:
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
@@ -39,6 +42,8 @@ class Config(GeneratorConfig):
                 f"objective.random_orders are two shares of the run, 0 to 1, the first not above the second; "
                 f"got {list(self.random_orders)}"
             )
+        if self.features is not None and self.text_encoder is not None:
+            raise ConfigError("objective.features and objective.text_encoder both make features of captions: give one")
         super().__post_init__()
 
 
@@ -54,16 +59,33 @@ class Training(GeneratorTraining):
         with torch.device("meta"):
             model = entry.build()
         self.kind = type(model)
-        if model.condition != "class":
-            raise ConfigError(
-                f"objective.model: {config.model} is conditioned on {model.condition}; next-token trains generators "
-                f"that are conditioned on classes"
-            )
+        self._open_captions(config, model.condition)
         if config.random_orders is not None and "random_ratio" not in model.training_options:
             raise ConfigError(f"objective.random_orders is for RAR; {self.kind.__name__} has one order")
         if config.gradient_checkpointing and not self.kind._supports_gradient_checkpointing:
             raise ConfigError(f"objective.gradient_checkpointing: {self.kind.__name__} has none")
         super().__init__(config, classes)
+
+    def _open_captions(self, config: Config, condition: str) -> None:
+        """Raises ConfigError when a generator of texts has no source of features, or one of classes has one."""
+        given = [name for name in ("features", "text_encoder") if getattr(config, name) is not None]
+        if condition == "class" and given:
+            raise ConfigError(
+                f"objective.{given[0]} is for generators of texts, such as llamagen_t2i_small_64; objective.model "
+                f"{config.model} is conditioned on classes"
+            )
+        if condition == "text" and not given:
+            raise ConfigError(
+                f"objective.model {config.model} is conditioned on text: give objective.features, a folder that "
+                f"`varkit features` wrote, or objective.text_encoder, the name of an encoder"
+            )
+        if "num_classes" in config.model_overrides and (given or config.model_overrides["num_classes"] is None):
+            raise ConfigError(
+                f"objective.model_overrides.num_classes={config.model_overrides['num_classes']} does not go with "
+                f"objective.model {config.model}, which is conditioned on {condition}"
+            )
+        if given:
+            self.captions = Captions(config.features, config.text_encoder)
 
     def sizes(self, tokenizer: Any) -> dict[str, Any]:
         """Those of the tokenizer's sizes that the generator's constructor takes."""

@@ -1,0 +1,1 @@
+"""Commands of `varkit.cli` that have a file of their own."""

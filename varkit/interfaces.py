@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -106,25 +106,36 @@ class PreviousToken:
     this kind replace by their condition.
 
     Args:
-        shape: (B, L), or (B, L, G) of factorised codes.
+        shape: (B, L), or (B, L, G) of factorised codes, or (B, L, C) of latents.
         order: (L,) positions in the order of prediction; None is that of the layout.
+        latents: whether tokens are float vectors; the first then reads zeros.
     """
 
-    def __init__(self, shape: Sequence[int], device: torch.device, order: Tensor | None = None) -> None:
-        batch, length, *factors = shape
-        self.ids = torch.zeros(batch, length + 1, *factors, dtype=torch.int64, device=device)  # shifted by one
+    def __init__(
+        self, shape: Sequence[int], device: torch.device, order: Tensor | None = None, latents: bool = False
+    ) -> None:
+        batch, length, *more = shape
+        dtype = torch.float32 if latents else torch.int64
+        self.ids = torch.zeros(batch, length + 1, *more, dtype=dtype, device=device)  # shifted by one
+        self.latents = latents
         self.rank = None if order is None else order.argsort().to(device)  # when each position's turn is
 
     def turns(self, positions: Tensor) -> Tensor:
         return positions if self.rank is None else self.rank[positions]
 
+    def _at(self, turns: Tensor) -> tuple[Any, Tensor]:
+        """Indices into `ids`: the same turns (n,) for all images, or (B, n)."""
+        if turns.dim() == 1:
+            return slice(None), turns
+        return torch.arange(len(self.ids), device=self.ids.device)[:, None], turns
+
     def inputs(self, positions: Tensor) -> Tensor:
-        return self.ids[:, self.turns(positions)]
+        return self.ids[self._at(self.turns(positions))]
 
     def record(self, tokens: Tensor, positions: Tensor) -> None:
-        if tokens.is_floating_point():
+        if tokens.is_floating_point() and not self.latents:
             raise ValueError("more_smooth hands on mixtures of codes, but this model reads ids: leave it off")
-        self.ids[:, self.turns(positions) + 1] = tokens
+        self.ids[self._at(self.turns(positions) + 1)] = tokens.to(self.ids.dtype)
 
 
 class Tokenizer(ABC):
@@ -167,6 +178,9 @@ class Tokenizer(ABC):
     def running(self, batch: int) -> Running:
         """The step-by-step form of `embed`, for sampling."""
         factors = self.layout.codebook_size
+        if factors is None:
+            device = next(cast(nn.Module, self).parameters()).device
+            return PreviousToken((batch, self.layout.length, self.layout.dim), device, latents=True)
         groups = (len(factors),) if isinstance(factors, tuple) else ()
         return PreviousToken((batch, self.layout.length, *groups), self.codebook.device)
 
@@ -218,12 +232,19 @@ class Generator(ABC):
     """Whether what is predicted depends on tokens decided before alone, so that one teacher-forced pass gives all
     predictions at once. A masked generator's does not: it depends on which positions are still open."""
 
+    guidance_by: Literal["groups", "tokens"] = "groups"
+    """What a guidance schedule counts where tokens are continuous: groups drawn, or the share of tokens."""
+
     sampler: str = "NextGroupSampler"
     """The class of the sampler that its pipelines get unless another is given."""
 
     @abstractmethod
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         """The groups, in order: (n,) int64 positions each, the same for every image."""
+
+    def groups(self, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
+        """The groups of one batch: those of `schedule`, (n,) each, or (B, n) where each image has its own."""
+        return self.schedule(num_steps)
 
     def in_order(self, name: str) -> list[Tensor]:
         """As `schedule`, one position a step in the order of that name (`varkit.orders`).

@@ -69,10 +69,12 @@ class Flow(Predictive):
         velocity: of the conditional branch alone.
         dim: C.
         pair: both branches in one call; needed for guidance.
+    Attributes: calls: how often `sample` asked the network.
     """
 
     def __init__(self, velocity: Velocity, dim: int, pair: Pair | None = None) -> None:
         self.velocity, self.dim, self.pair = velocity, dim, pair
+        self.calls = 0
 
     def guide(self, scale: Scale, guidance: Guidance = classifier_free) -> Flow:  # type: ignore[override]
         """Args: scale: 1 is off; (n,), or a function of t, see `Scale`.   guidance: the rule, such as APG.
@@ -93,15 +95,24 @@ class Flow(Predictive):
         *,
         num_steps: int = 25,
         solver: str = "euler",
+        temperature: float = 1.0,
         step: int = 0,
     ) -> Tensor:
         """Latents (B, n, C) float32.
 
         Args:
             num_steps, solver: see `integrate`.   step: a word of the random numbers' key, for flows drawn anew.
-        Raises: ValueError for logit processors, which a flow cannot obey.
+        Raises: ValueError for logit processors or a temperature, which a flow cannot obey.
         """
         if processors:
             raise ValueError("a flow has no logits to process")
+        if temperature != 1:
+            raise ValueError(f"a flow has no temperature (1 is neutral); got {temperature:g}")
+        self.calls = 0
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            self.calls += 1
+            return self.velocity(x, t)
+
         noise = rng.normal(positions, Draw.NOISE, step=step, count=self.dim)  # B n C
-        return integrate(self.velocity, noise, num_steps, solver)
+        return integrate(velocity, noise, num_steps, solver)

@@ -25,7 +25,11 @@ PIPELINES = {
     "TextToImagePipeline": "varkit.pipelines.text_to_image",
 }
 
-SAMPLERS = {"NextGroupSampler": "varkit.samplers.next_group", "MaskedSampler": "varkit.samplers.masked"}
+SAMPLERS = {
+    "NextGroupSampler": "varkit.samplers.next_group",
+    "MaskedSampler": "varkit.samplers.masked",
+    "ContinuousSampler": "varkit.samplers.continuous",
+}
 
 
 def zoo_models() -> list[str]:

@@ -22,7 +22,7 @@ from varkit.layers.packed import can_pack, pack_linears
 from varkit.pipelines.auto import SAMPLERS
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Rng
-from varkit.samplers.next_group import Known, StepInfo
+from varkit.samplers.next_group import Known
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -112,13 +112,13 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
             )
         bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, **given))
 
-        def on_step(info: StepInfo) -> None:
+        def on_step(info: Any) -> None:
             bar.update()
             if callback is not None:
                 callback(
                     self,
                     info.step,
-                    int(info.positions[-1]),
+                    int(info.positions.flatten()[-1]),
                     {"tokens": info.tokens, "positions": info.positions, "num_steps": info.num_steps},
                 )
 
@@ -134,7 +134,8 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 **given,
             )
         images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)
-        return images, {"steps": out.steps, "network_calls": out.network_calls, "seconds": out.seconds}
+        counts = {k: v for k, v in vars(out).items() if k != "tokens"}  # steps, network_calls, seconds, ...
+        return images, counts
 
     def to_images(self, tokens: Tensor, output_type: str = "pil", rng: Rng | None = None) -> Any:
         """Tokens of all scales, or of the first few, as images; see `__call__` for `output_type`.

@@ -1,0 +1,181 @@
+"""Sampling continuous tokens group by group: predict, guide, draw by a flow or a diffusion, record.
+
+A group is what the generator says: a token, a cell, a scale, a random set of positions of each image's own. Its head
+draws all tokens of a group in one integration.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from varkit.heads.categorical import Categorical
+from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.rng import Rng
+from varkit.samplers.guidance import guidance_interval, guidance_schedule
+from varkit.samplers.next_group import Known, SamplerOutput
+
+
+@dataclass
+class ContinuousStep:
+    """What `on_step` sees after each group."""
+
+    step: int
+    num_steps: int
+    positions: Tensor  # (n,) or (B, n)
+    predicted: Tensor  # (B, n, C) as drawn, before known tokens replaced any
+    tokens: Tensor  # (B, L, C), zero where nothing is decided
+
+
+@dataclass
+class ContinuousOutput(SamplerOutput):
+    """`tokens` (B, L, C) float32; `head_calls`: evaluations of the flow or diffusion, of guided batches as one."""
+
+    head_calls: int = 0
+
+
+class ContinuousSampler(SchedulerMixin, ConfigMixin):
+    """Draws the tokens of one group after another from a `Flow` or a `Diffusion`.
+
+    The settings are defaults of a model's folder; `generate` takes any of them anew.
+
+    Args:
+        guidance_scale: w of uncond + w (cond - uncond); 1 is off.
+        guidance_schedule, guidance_power: over the groups, see `varkit.samplers.guidance`; `decided` counts tokens
+            where the generator says so (`guidance_by = "tokens"`, as MAR), else groups.
+        guidance_interval: first and last guided group, counted from 0. None is all.
+        num_steps: of groups, where the generator can take several numbers; None is its own.
+        head_steps: of the integration of a group.   head_steps_last: of the last group; between them the number falls
+            (or rises) linearly over the groups (DiSA, arXiv 2505.20297). None is the same for all.
+        solver: of the head; None is its own.   temperature: of its noise; 1 is neutral.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 1.0,
+        guidance_schedule: str = "linear",
+        guidance_power: float = 1.0,
+        guidance_interval: Sequence[int] | None = None,
+        num_steps: int | None = None,
+        head_steps: int = 25,
+        head_steps_last: int | None = None,
+        solver: str | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        self.settings(**dict(self.config))
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        """The configured settings with those `changes` that are not None. Raises ValueError on a bad one."""
+        merged = {name: value for name, value in self.config.items() if not name.startswith("_")}
+        merged |= {k: v for k, v in changes.items() if v is not None and k in merged}
+        guidance_schedule(merged["guidance_schedule"], merged["guidance_power"])
+        guidance_interval(merged["guidance_interval"])
+        for name in ("num_steps", "head_steps", "head_steps_last"):
+            if merged[name] is not None and merged[name] < 1:
+                raise ValueError(f"{name} must be at least 1; got {merged[name]}")
+        if not merged["temperature"] > 0:
+            raise ValueError(f"temperature must be > 0 (1 is neutral); got {merged['temperature']}")
+        return merged
+
+    def count_steps(self, transformer: Generator, **changes: Any) -> int:
+        """How many groups `generate` will draw."""
+        return len(transformer.schedule(self.settings(**changes)["num_steps"]))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        transformer: Generator,
+        cond: Cond,
+        rng: Rng,
+        null: Cond | None = None,
+        known: Known | None = None,
+        on_step: Callable[[ContinuousStep], None] | None = None,
+        **changes: Any,
+    ) -> ContinuousOutput:
+        """Sample the latents of one image for each row of `cond`.
+
+        Args: as those of `NextGroupSampler.generate`; `known` holds latents (B, L, C).
+        Raises: ValueError on a bad setting, a generator of ids, or parts with different layouts, before any work.
+        """
+        settings = self.settings(**changes)
+        transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
+        if transformer.layout.codebook_size is not None:
+            raise ValueError(f"ContinuousSampler draws latents; {type(transformer).__name__} predicts ids")
+        schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
+        w = float(settings["guidance_scale"])
+        first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
+        if w != 1 and null is None:
+            raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
+        groups = transformer.groups(rng, settings["num_steps"])
+        device = groups[0].device
+        batch, length, dim = len(cond), transformer.layout.length, transformer.layout.dim
+        began = time.perf_counter()
+        state = transformer.start(cond, null if w != 1 else None)
+        running = tokenizer.running(batch)
+        every = torch.zeros(batch, length, dim, device=device)
+        decided, calls = 0, 0
+        for step, positions in enumerate(groups):
+            predictive: Any = transformer.predict(state, running.inputs(positions), positions)
+            if isinstance(predictive, Categorical):
+                raise ValueError(f"{type(transformer).__name__} gives logits: draw with NextGroupSampler")
+            if w != 1:
+                guided = first <= step <= last
+                done, end = (step, len(groups) - 1)
+                if transformer.guidance_by == "tokens":
+                    done, end = decided + positions.shape[-1] - 1, length - 1
+                predictive = predictive.guide(schedule(w, done, end) if guided else 1.0)
+            head_steps = steps_of(step, len(groups), settings["head_steps"], settings["head_steps_last"])
+            options = {"solver": settings["solver"]} if settings["solver"] is not None else {}
+            predicted = predictive.sample(
+                rng, positions, num_steps=head_steps, temperature=settings["temperature"], **options
+            )
+            calls += predictive.calls
+            tokens = predicted if known is None else keep_known(predicted, known, positions)
+            transformer.append(state, tokens, positions)
+            running.record(tokens, positions)
+            put(every, positions, tokens)
+            decided += positions.shape[-1]
+            if on_step is not None:
+                on_step(ContinuousStep(step, len(groups), positions, predicted, every))
+        return ContinuousOutput(every, len(groups), len(groups), time.perf_counter() - began, calls)
+
+
+def steps_of(step: int, groups: int, head_steps: int, head_steps_last: int | None) -> int:
+    """Steps of the head for group `step`: from head_steps to head_steps_last in a line, whole numbers below it.
+
+    Source: Qinyu-Allen-Zhao/DiSA, whose rule for xAR and FlowAR it is.
+    """
+    if head_steps_last is None or groups == 1:
+        return head_steps
+    return int((groups - 1 - step) / (groups - 1) * (head_steps - head_steps_last) + head_steps_last)
+
+
+def take(tokens: Tensor, positions: Tensor) -> Tensor:
+    """(B, L, ...) at positions (n,) or (B, n) -> (B, n, ...)."""
+    if positions.dim() == 1:
+        return tokens[:, positions]
+    return tokens[torch.arange(len(tokens), device=tokens.device)[:, None], positions]
+
+
+def put(tokens: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Write values (B, n, ...) into tokens (B, L, ...) at positions (n,) or (B, n)."""
+    if positions.dim() == 1:
+        tokens[:, positions] = values.to(tokens.dtype)
+    else:
+        tokens[torch.arange(len(tokens), device=tokens.device)[:, None], positions] = values.to(tokens.dtype)
+
+
+def keep_known(tokens: Tensor, known: Known, positions: Tensor) -> Tensor:
+    """Latents (B, n, C) of a group with the known ones in their places."""
+    given = take(known[0], positions)
+    keep = take(known[1].expand(known[0].shape[:2]), positions)
+    return torch.where(keep[..., None], given.to(tokens), tokens)

@@ -253,6 +253,10 @@ class Generator(ABC):
         """
         raise ValueError(f"{type(self).__name__} predicts its tokens in one order only; order= goes with RAR and alike")
 
+    def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
+        """The tokenizer whose tokens it predicts, around or instead of the one given; most take it as it is."""
+        return tokenizer
+
     @abstractmethod
     def start(self, cond: Cond, null: Cond | None = None) -> State:
         """Begin a batch; with `null` every prediction carries the unconditional branch too."""

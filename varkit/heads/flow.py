@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varkit.interfaces import Predictive, Processor
 from varkit.rng import Draw, Rng
-from varkit.samplers.ode import Guidance, Pair, Scale, Velocity, classifier_free, guided, integrate
+from varkit.samplers.ode import Guidance, Interval, Pair, Scale, Velocity, classifier_free, guided, integrate
 
 SigmaKind = Literal["uniform", "logit-normal", "mode"]
 
@@ -76,16 +76,19 @@ class Flow(Predictive):
         self.velocity, self.dim, self.pair = velocity, dim, pair
         self.calls = 0
 
-    def guide(self, scale: Scale, guidance: Guidance = classifier_free) -> Flow:  # type: ignore[override]
-        """Args: scale: 1 is off; (n,), or a function of t, see `Scale`.   guidance: the rule, such as APG.
+    def guide(  # type: ignore[override]
+        self, scale: Scale, guidance: Guidance = classifier_free, interval: Interval | None = None
+    ) -> Flow:
+        """Args: scale: 1 is off; (n,), or a function of t, see `Scale`.   guidance: the rule, such as APG.   interval:
+            the times t at which it is on, None for all; at the others the conditional branch runs alone.
 
-        Raises: ValueError when there is no unconditional branch.
+        Raises: ValueError when there is no unconditional branch, or on a bad interval.
         """
         if isinstance(scale, int | float) and scale == 1:
             return Flow(self.velocity, self.dim)
         if self.pair is None:
             raise ValueError("guidance needs an unconditional branch")
-        return Flow(guided(self.pair, scale, guidance), self.dim)
+        return Flow(guided(self.pair, scale, guidance, interval, self.velocity), self.dim)
 
     def sample(
         self,
@@ -102,7 +105,7 @@ class Flow(Predictive):
 
         Args:
             num_steps, solver: see `integrate`.   step: a word of the random numbers' key, for flows drawn anew.
-        Raises: ValueError for logit processors or a temperature, which a flow cannot obey.
+        Raises: ValueError for logit processors or a temperature, which a flow cannot obey; on another solver, no step.
         """
         if processors:
             raise ValueError("a flow has no logits to process")
@@ -115,4 +118,10 @@ class Flow(Predictive):
             return self.velocity(x, t)
 
         noise = rng.normal(positions, Draw.NOISE, step=step, count=self.dim)  # B n C
-        return integrate(velocity, noise, num_steps, solver)
+        return integrate(
+            velocity,
+            noise,
+            num_steps,
+            solver,
+            lambda i: rng.normal(positions, Draw.SOLVER_NOISE, step=(step << 16) + i, count=self.dim),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ class KVCache:
         keys[:, :, self.length : end] = k
         values[:, :, self.length : end] = v
         return keys[:, :, :end], values[:, :, :end]
+
+    def rows(self, count: int) -> KVCache:
+        """The first rows alone, in the same memory: for a batch that is run without its unconditional half."""
+        part = copy(self)
+        part.keys, part.values = ([t[:count] for t in tensors] for tensors in (self.keys, self.values))
+        return part
 
     def advance(self, count: int) -> None:
         """Make the last `count` written positions final."""

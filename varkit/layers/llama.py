@@ -20,23 +20,35 @@ from varkit.layers.drop_path import DropPath
 from varkit.layout import Grid
 
 
+def rotary_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
+    """(D / 4,) float32, of the pairs of one axis."""
+    half = head_dim // 2
+    return 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+
+
 class Rotary(nn.Module):
     """Rotates queries and keys by their place in the grid: half of each head by the row, half by the column.
 
     Adjacent numbers are a pair. The first `prefix` positions have cosine and sine 0, so they become zero vectors.
     Each position has `repeats` entries of the sequence, one after the other.
+
+    Args: grid: (h, w), in raster order; or the places themselves, (L, 2) rows and columns, whole or not.
     """
 
     cos: Tensor  # T+L 1 D/2 1
     sin: Tensor  # T+L 1 D/2 2, the first of a pair negated
 
-    def __init__(self, grid: Grid, head_dim: int, base: float = 10000.0, prefix: int = 1, repeats: int = 1) -> None:
+    def __init__(
+        self, grid: Grid | Tensor, head_dim: int, base: float = 10000.0, prefix: int = 1, repeats: int = 1
+    ) -> None:
         super().__init__()
-        height, width = grid
-        half = head_dim // 2
-        frequencies = 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
-        rows = torch.arange(height).repeat_interleave(width)
-        columns = torch.arange(width).repeat(height)
+        frequencies = rotary_frequencies(head_dim, base)
+        if isinstance(grid, Tensor):
+            rows, columns = grid.unbind(1)
+        else:
+            height, width = grid
+            rows = torch.arange(height).repeat_interleave(width)
+            columns = torch.arange(width).repeat(height)
         angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)  # L D/2
         table = F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
         table = table.repeat_interleave(repeats, 0)

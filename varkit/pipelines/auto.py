@@ -194,7 +194,7 @@ def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
 
     sampler = getattr(import_module(SAMPLERS[transformer.sampler]), transformer.sampler)
     kind = TextToImagePipeline if transformer.condition == "text" else ClassToImagePipeline
-    return kind(transformer, tokenizer, sampler(**sampling))
+    return kind(transformer, transformer.tokenizer_for(tokenizer), sampler(**sampling))
 
 
 def _download(card: registry.Checkpoint) -> str:

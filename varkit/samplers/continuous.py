@@ -17,10 +17,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.heads.categorical import Categorical
+from varkit.heads.flow import Flow
 from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.rng import Rng
 from varkit.samplers.guidance import guidance_interval, guidance_schedule
 from varkit.samplers.next_group import Known, SamplerOutput
+from varkit.samplers.ode import time_interval
 
 
 @dataclass
@@ -51,10 +53,11 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         guidance_schedule, guidance_power: over the groups, see `varkit.samplers.guidance`; `decided` counts tokens
             where the generator says so (`guidance_by = "tokens"`, as MAR), else groups.
         guidance_interval: first and last guided group, counted from 0. None is all.
+        guidance_times: lowest and highest time t of a flow at which guidance is on, 1 being noise. None is all.
         num_steps: of groups, where the generator can take several numbers; None is its own.
         head_steps: of the integration of a group.   head_steps_last: of the last group; between them the number falls
             (or rises) linearly over the groups (DiSA, arXiv 2505.20297). None is the same for all.
-        solver: of the head; None is its own.   temperature: of its noise; 1 is neutral.
+        solver: of the head, a name of `varkit.samplers.ode.SOLVERS`; None is its own.   temperature: of its noise; 1 is neutral.
     """
 
     @register_to_config
@@ -64,6 +67,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         guidance_schedule: str = "linear",
         guidance_power: float = 1.0,
         guidance_interval: Sequence[int] | None = None,
+        guidance_times: Sequence[float] | None = None,
         num_steps: int | None = None,
         head_steps: int = 25,
         head_steps_last: int | None = None,
@@ -78,6 +82,8 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         merged |= {k: v for k, v in changes.items() if v is not None and k in merged}
         guidance_schedule(merged["guidance_schedule"], merged["guidance_power"])
         guidance_interval(merged["guidance_interval"])
+        if merged["guidance_times"] is not None:
+            merged["guidance_times"] = time_interval(merged["guidance_times"])
         for name in ("num_steps", "head_steps", "head_steps_last"):
             if merged[name] is not None and merged[name] < 1:
                 raise ValueError(f"{name} must be at least 1; got {merged[name]}")
@@ -132,9 +138,15 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
                 done, end = (step, len(groups) - 1)
                 if transformer.guidance_by == "tokens":
                     done, end = decided + positions.shape[-1] - 1, length - 1
-                predictive = predictive.guide(schedule(w, done, end) if guided else 1.0)
+                over = settings["guidance_times"]
+                if over is not None and not isinstance(predictive, Flow):
+                    raise ValueError(
+                        f"guidance_times is for flows; {type(transformer).__name__} has none: leave it out"
+                    )
+                options = {} if over is None else {"interval": over}
+                predictive = predictive.guide(schedule(w, done, end) if guided else 1.0, **options)
             head_steps = steps_of(step, len(groups), settings["head_steps"], settings["head_steps_last"])
-            options = {"solver": settings["solver"]} if settings["solver"] is not None else {}
+            options = {} if settings["solver"] is None else {"solver": settings["solver"]}
             predicted = predictive.sample(
                 rng, positions, num_steps=head_steps, temperature=settings["temperature"], **options
             )

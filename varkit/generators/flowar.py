@@ -1,0 +1,441 @@
+"""FlowAR: next-scale prediction of latents with a flow-matching head (Ren et al., "FlowAR: Scale-wise Autoregressive
+Image Generation Meets Flow Matching", arXiv 2412.15205).
+
+A transformer reads the scales before and says a vector for each token of the next scale; a smaller transformer over the
+tokens of that scale is the velocity of a flow, conditioned position by position on those vectors.
+
+Source: FlowAR: models/flowar.py, models/flowmodel.py (21835c0, kept in the fork wangqiang9/FlowAR). What differs: any
+scales, any batch; guidance of 1 is off and costs nothing; the cache is passed in; labels are dropped in training only.
+
+Shapes: B batch, R rows (2 B with guidance), L tokens, S scales, n tokens of one scale, D width, W width of the head,
+C latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from varkit.heads.flow import Flow, add_noise, draw_sigma
+from varkit.hub import HubMixin
+from varkit.interfaces import Cond, Generator, Losses, State, Tokenizer
+from varkit.layers.cache import KVCache
+from varkit.layers.llama import RMSNorm, Rotary
+from varkit.layers.modulated import (
+    EPS,
+    Attention,
+    GatedMLP,
+    ModulatedBlock,
+    TimeEmbedding,
+    Trunk,
+    block_mask,
+    heads_of,
+    init_weights,
+    modulate,
+    places,
+)
+from varkit.layout import TokenLayout, square_grids
+from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
+from varkit.rng import Draw, Rng
+from varkit.tokenizers.kl_vae import KLVAE
+from varkit.tokenizers.latent_pyramid import SCALES, LatentPyramid
+
+
+class CrossAttention(nn.Module):
+    """Each token of the flow reads the vectors of the whole scale."""
+
+    def __init__(self, dim: int, context: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(context, 2 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, rotary: Rotary, where: Tensor) -> Tensor:
+        q = rotary(self.q(x).unflatten(-1, (self.num_heads, -1)), where)  # R n H W/H
+        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        parts = (t.transpose(1, 2) for t in (q, rotary(k, where), v))
+        return self.proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """Attention modulated by the time, cross-attention to the vectors, MLP modulated by both ("Attn-CrossAttn-MLP")."""
+
+    def __init__(self, dim: int, context: int, num_heads: int) -> None:
+        super().__init__()
+        self.attn = Attention(dim, num_heads, bias=False, dropout=0.0, attention_dropout=0.0)
+        self.crossattn = CrossAttention(dim, context, num_heads)
+        self.norm2_1, self.norm2_2 = RMSNorm(dim, EPS), RMSNorm(context, EPS)
+        self.mlp = GatedMLP(dim)
+        self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
+
+    def forward(self, x: Tensor, time: Tensor, cond: Tensor, z: Tensor, rotary: Rotary, where: Tensor) -> Tensor:
+        """time: (R, 1, W).   cond: (R, n, W), time and vectors.   z: (R, n, D)."""
+        gamma, scale, shift = self.ada_lin_attn(F.silu(time)).chunk(3, -1)
+        x = x + gamma * self.attn(modulate(x, scale, shift), rotary, where)
+        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), rotary, where)
+        gamma, scale, shift = self.ada_lin_mlp(F.silu(cond)).chunk(3, -1)
+        return x + gamma * self.mlp(modulate(x, scale, shift))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim: int, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(cond).chunk(2, -1)
+        return self.linear(modulate(x, scale, shift))
+
+
+class FlowHead(nn.Module):
+    """The velocity of the tokens of one scale: a transformer with heads of 64 channels.
+
+    Args:
+        channels, context, width: C, D, W.   depth: of the blocks.
+        cross: blocks with cross-attention (the released L and H), else attention and MLP alone (S).
+        places: (L, 2), row and column of each token.
+    Raises: ValueError when the width is no multiple of 64.
+    """
+
+    def __init__(self, channels: int, context: int, width: int, depth: int, cross: bool, places: Tensor) -> None:
+        super().__init__()
+        if width % 64:
+            raise ValueError(f"the flow head has heads of 64 channels: its width must be a multiple of it; got {width}")
+        heads = width // 64
+        self.cross = cross
+        self.rotary = Rotary(places, heads_of(width, heads), prefix=0)
+        self.time_embed = TimeEmbedding(width)
+        self.cond_embed = nn.Linear(context, width)
+        self.input_proj = nn.Linear(channels, width)
+        self.res_blocks = nn.ModuleList(
+            CrossBlock(width, context, heads) if cross else ModulatedBlock(width, heads, bias=False)
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(width, channels)
+
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor) -> Tensor:
+        """States (R, n, C) at times (R,) -> velocity (R, n, C) float32.
+
+        Args: z: (R, n, D), the vectors of the same tokens.   where: (n,), their positions in the layout.
+        """
+        time = self.time_embed(t)[:, None]  # R 1 W
+        cond = self.cond_embed(z) + time
+        x = self.input_proj(x.to(self.input_proj.weight.dtype))
+        for block in self.res_blocks:
+            given = (time, cond, z, self.rotary, where) if self.cross else (cond, self.rotary, where)
+            x = block(x, *given)
+        return self.final_layer(x, cond).float()
+
+
+class FlowARState(State):
+    """The cache, and the class vectors."""
+
+    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool) -> None:
+        self.cache, self.vectors, self.guided = cache, vectors, guided
+
+    @property
+    def length(self) -> int:  # type: ignore[override]
+        return self.cache.length
+
+    def rewind(self, count: int) -> None:
+        self.cache.rewind(count)
+
+    def reset(self) -> None:
+        self.cache.reset()
+
+
+class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+    """The class-conditional next-scale transformer and its flow head. The defaults are the released FlowAR-S.
+
+    Args:
+        num_classes: not counting the null class.
+        hidden_size, depths, num_heads: of the two stacks of the transformer.
+        head_width, head_depth, cross: of the flow head, see `FlowHead`.
+        scales, latent_dim: of the tokenizer, a `LatentPyramid`.
+        dropout, attention_dropout: in training, of what the transformer's attention gives and of its weights.
+        cond_drop_rate: how often a label becomes the null class in training.
+    Raises: ValueError on an impossible combination.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("ModulatedBlock", "CrossBlock")
+    training_options = frozenset({"weight", "hidden_layer"})
+    no_decay = ("pos_embed_learned",)
+    class_embedding = "class_emb"
+    lora_targets = (
+        "trunk.*_blocks.*.attn.qkv",
+        "trunk.*_blocks.*.attn.proj",
+        "trunk.*_blocks.*.mlp.fc1_g",
+        "trunk.*_blocks.*.mlp.fc1_x",
+        "trunk.*_blocks.*.mlp.fc2",
+    )
+    free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate"})
+    """These: see `varkit.training.finetune.Tunable`."""
+    sampler = "ContinuousSampler"
+
+    @register_to_config
+    def __init__(
+        self,
+        num_classes: int = 1000,
+        hidden_size: int = 768,
+        depths: Sequence[int] = (6, 6),
+        num_heads: int = 12,
+        head_width: int = 1024,
+        head_depth: int = 2,
+        cross: bool = False,
+        scales: Sequence[int | Sequence[int]] = SCALES,
+        latent_dim: int = 16,
+        dropout: float = 0.1,
+        attention_dropout: float = 0.1,
+        cond_drop_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.layout = TokenLayout(square_grids(scales), None, latent_dim)
+        self.num_classes = num_classes
+        where = places(self.layout.grids)
+        self.class_emb = nn.Embedding(num_classes + 1, hidden_size)
+        self.z_proj = nn.Linear(latent_dim, hidden_size)
+        first, second = depths
+        self.trunk = Trunk(hidden_size, (first, second), num_heads, where, dropout, attention_dropout)
+        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, self.layout.length, hidden_size))
+        self.flownet = FlowHead(latent_dim, hidden_size, head_width, head_depth, cross, where)
+        init_weights(self)
+
+    def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
+        """Around a VAE, its scales."""
+        return LatentPyramid.around(tokenizer, self.layout.grids) if isinstance(tokenizer, KLVAE) else tokenizer
+
+    # ---- the network --------------------------------------------------------------------------------------
+
+    def vectors_of(
+        self, inputs: Tensor, cond: Tensor, where: Tensor, hidden_layer: int | None = None, **context: Any
+    ) -> tuple[Tensor, Tensor]:
+        """What the transformer says of the tokens `where` (n,): (R, n, D), and a block's output (R, n, D).
+
+        Args:
+            inputs: (R, n, C), what is read there; the first scale reads the class instead.
+            cond: (R, D) class vectors.   context: see `Trunk.forward`.
+        """
+        first = self.layout.sizes[0]
+        x = self.z_proj(inputs.to(self.z_proj.weight.dtype))
+        x = torch.where((where < first)[:, None], cond[:, None].to(x), x)
+        out, hidden = self.trunk(x, cond[:, None], where, hidden_layer=hidden_layer, **context)
+        return out + self.diffusion_pos_embed_learned[:, where], hidden
+
+    def forward(
+        self, inputs: Tensor, class_labels: Tensor, hidden_layer: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Teacher-forced vectors of the first n positions, the condition of the flow head.
+
+        Args:
+            inputs: (B, n, C), what `LatentPyramid.embed` gives, cut after any scale.
+            class_labels: (B,) int64; `num_classes` is the null class.
+            hidden_layer: return also what this block gives, counted from 1: (B, n, D).
+        Returns: (B, n, D), or a pair.
+        """
+        where = torch.arange(inputs.shape[1], device=inputs.device)
+        mask = block_mask(self.layout.sizes).to(inputs.device)[: len(where), : len(where)]
+        z, hidden = self.vectors_of(inputs, self.class_emb(class_labels), where, hidden_layer, mask=mask)
+        return z if hidden_layer is None else (z, hidden)
+
+    # ---- sampling -----------------------------------------------------------------------------------------
+
+    def schedule(self, num_steps: int | None = None) -> list[Tensor]:
+        """One group a scale. Raises ValueError when asked for another number of steps."""
+        if num_steps not in (None, len(self.layout.grids)):
+            raise ValueError(
+                f"FlowAR draws one scale a step, {len(self.layout.grids)} in all; got num_steps={num_steps}"
+            )
+        device = self.class_emb.weight.device
+        return [torch.arange(s.start, s.stop, device=device) for s in self.layout.slices]
+
+    def start(self, cond: Cond, null: Cond | None = None) -> FlowARState:
+        vectors = self.class_emb(cond.beside(null).labels)  # R D
+        return FlowARState(self.trunk.new_cache(len(vectors), vectors), vectors, guided=null is not None)
+
+    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Flow:
+        """The flow of the next scale. No mask is needed: the cache holds coarser scales only."""
+        assert isinstance(state, FlowARState)
+        if state.guided:
+            inputs = torch.cat([inputs, inputs])
+        where = torch.arange(state.length, state.length + inputs.shape[1], device=inputs.device)
+        z, _ = self.vectors_of(inputs, state.vectors, where, cache=state.cache)
+        batch = len(z) // 2 if state.guided else len(z)
+
+        def alone(x: Tensor, t: Tensor) -> Tensor:
+            return self.flownet(x, t, z[:batch], where)
+
+        def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            cond, uncond = self.flownet(torch.cat([x, x]), torch.cat([t, t]), z, where).chunk(2)
+            return cond, uncond
+
+        return Flow(alone, self.layout.dim, both if state.guided else None)
+
+    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
+        """Keep the keys that `predict` wrote: they are of the scale's inputs, not of its tokens."""
+        assert isinstance(state, FlowARState)
+        state.cache.advance(positions.shape[-1])
+
+    # ---- training -----------------------------------------------------------------------------------------
+
+    def drop_labels(self, labels: Tensor, rng: Rng) -> Tensor:
+        """(B,) ids, in training some of them the null class."""
+        if not self.training or self.config.cond_drop_rate == 0:
+            return labels
+        u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
+        return labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
+
+    def loss_at(
+        self,
+        tokens: Tensor,
+        inputs: Tensor,
+        noise: Tensor,
+        t: Tensor,
+        class_labels: Tensor,
+        weight: Tensor | None = None,
+        hidden_layer: int | None = None,
+    ) -> Losses:
+        """The loss of given noise (B, L, C), times (B, S) and labels (B,); see `training_loss`.
+
+        Returns: loss; loss_first and loss_last; scale_losses (B, S); vectors (B, L, D).
+        """
+        out = self(inputs, class_labels, hidden_layer)
+        z, hidden = (out, None) if hidden_layer is None else out
+        every = torch.arange(self.layout.length, device=tokens.device)
+        errors = []
+        for i, part in enumerate(self.layout.slices):
+            x, e = tokens[:, part], noise[:, part]
+            v = self.flownet(add_noise(x, e, t[:, i]), t[:, i], z[:, part], every[part])
+            errors.append((v - (e - x).float()).square().mean(-1))  # B n
+        scale_losses = torch.stack([e.mean(1) for e in errors], 1)
+        w = 1 / self.layout.sizes[-1] if weight is None else weight
+        losses = {
+            "loss": (torch.cat(errors, 1) * w).sum(1).mean(),
+            "loss_first": scale_losses.detach()[:, 0].mean(),
+            "loss_last": scale_losses.detach()[:, -1].mean(),
+            "scale_losses": scale_losses,
+            "vectors": z,
+        }
+        return losses if hidden is None else {**losses, "hidden": hidden}
+
+    def training_loss(  # type: ignore[override]
+        self,
+        tokens: Tensor,
+        inputs: Tensor,
+        cond: Cond,
+        rng: Rng,
+        *,
+        weight: Tensor | None = None,
+        hidden_layer: int | None = None,
+    ) -> Losses:
+        """Mean squared error of the velocity, each token weighted one over the tokens of the last scale.
+
+        Each scale of an image has one time of its own, uniform in (0, 1).
+
+        Args: tokens, inputs: (B, L, C).   weight, hidden_layer: see `Generator.training_options`.
+        Returns: loss; loss_first and loss_last of the coarsest and the finest scale.
+        """
+        noise = rng.normal(torch.arange(self.layout.length), Draw.NOISE, count=self.layout.dim).to(tokens)
+        t = draw_sigma(rng, torch.arange(len(self.layout.grids)), kind="uniform").to(tokens.device)
+        losses = self.loss_at(tokens, inputs, noise, t, self.drop_labels(cond.labels, rng), weight, hidden_layer)
+        return {k: v for k, v in losses.items() if k not in ("scale_losses", "vectors")}
+
+
+def _builder(**preset: Any) -> Callable[..., FlowAR]:
+    return lambda **overrides: cast(FlowAR, FlowAR(**{**preset, **overrides}))
+
+
+_TINY = {
+    "num_classes": 3,
+    "hidden_size": 32,
+    "depths": (1, 1),
+    "num_heads": 2,
+    "head_width": 64,
+    "head_depth": 1,
+    "scales": (1, 2, 4, 8),
+    "latent_dim": 4,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+_TINY_TOKENIZER = {
+    "vae_config": {
+        "image_size": 16,
+        "latent_channels": 4,
+        "block_out_channels": (8, 8),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    },
+    "scales": (1, 2, 4, 8),
+}
+_CROSS = {"cross": True, "head_depth": 12}
+_SIZES: dict[str, tuple[dict[str, Any], str]] = {
+    "s": ({}, "172 M"),
+    "l": ({"hidden_size": 1024, "depths": (8, 8), "num_heads": 16, **_CROSS}, "587 M"),
+    "h": ({"hidden_size": 1536, "depths": (15, 15), "num_heads": 16, "head_width": 1536, **_CROSS}, "1.9 B"),
+}
+_SCORES = {
+    "s": "FID 3.70 (third-party measurement; the paper's is about 3.61)",
+    "l": "FID 1.90 (README)",
+    "h": "FID 1.65 (README)",
+}
+# What the README's arguments are here: see `varkit.checkpoints.flowar.sampling_arguments`.
+_SAMPLING: dict[str, dict[str, Any]] = {
+    "s": {"guidance_scale": 4.3, "guidance_times": (0.0, 0.9), "head_steps": 24, "solver": "euler-jump"},
+    "l": {"guidance_scale": 2.4, "guidance_times": (0.0, 0.9), "head_steps": 24, "solver": "euler-jump"},
+    "h": {"guidance_scale": 2.4, "guidance_times": (0.0, 0.7), "head_steps": 50, "solver": "euler"},
+}
+for _name, (_sizes, _parameters) in _SIZES.items():
+    register_model(
+        ModelEntry(
+            f"flowar_{_name}",
+            "generator",
+            _builder(**_sizes),
+            f"FlowAR-{_name.upper()}: latents at 1 to 16 for 256x256, {_parameters} parameters",
+            tokenizer="latent_pyramid_f16",
+            tiny={**_TINY, "cross": _name != "s"},
+            tiny_tokenizer=_TINY_TOKENIZER,
+        )
+    )
+    register_checkpoint(
+        Checkpoint(
+            name=f"flowar_{_name}.in1k_256",
+            repo_id="OliverRen/FlowAR",
+            filename=f"FlowAR-{_name.upper()}.pth",
+            licence="none stated (OliverRensu/FlowAR)",
+            paper="arXiv 2412.15205",
+            resolution=256,
+            official_score=f"{_SCORES[_name]}, 50,000 images",
+            tokenizer="kl16.in1k",
+            sampling={"guidance_schedule": "linear", **_SAMPLING[_name]},
+        )
+    )
+
+_FASHION = {
+    "num_classes": 10,
+    "hidden_size": 128,
+    "depths": (3, 3),
+    "num_heads": 4,
+    "head_width": 128,
+    "head_depth": 2,
+    "scales": (1, 2, 4, 8),
+    "latent_dim": 4,
+}
+register_model(
+    ModelEntry(
+        "flowar_fashion",
+        "generator",
+        _builder(**_FASHION),
+        "FlowAR over latents of Fashion-MNIST at 1 to 8, 2.6 M parameters",
+        tokenizer="latent_pyramid_fashion",
+        tiny=_TINY,
+        tiny_tokenizer=_TINY_TOKENIZER,
+    )
+)

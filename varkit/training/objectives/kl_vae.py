@@ -173,5 +173,6 @@ class Training(Objective):
 
     def export(self, folder: Path) -> None:
         if self.variance > 0:
-            self.tokenizer.register_to_config(scaling_factor=float(self.variance.rsqrt()))
+            scale = float(self.variance.rsqrt())
+            self.tokenizer.register_to_config(scaling_factor=scale, latents_mean=None, latents_std=None)
         self.tokenizer.save_pretrained(folder)

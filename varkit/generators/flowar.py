@@ -199,6 +199,11 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     ) -> None:
         super().__init__()
         self.layout = TokenLayout(square_grids(scales), None, latent_dim)
+        if len(self.layout.grids) < 2:
+            raise ValueError(
+                f"FlowAR predicts scale by scale: it needs two or more, those of a LatentPyramid; got {list(scales)}. "
+                f"LatentPyramid.around(vae, scales) makes one of a VAE"
+            )
         self.num_classes = num_classes
         where = places(self.layout.grids)
         self.class_emb = nn.Embedding(num_classes + 1, hidden_size)

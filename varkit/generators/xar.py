@@ -5,10 +5,10 @@ Latents are cut into entities: tokens, cells, subsamples, scales, or the whole i
 velocity of a flow: it reads the noised state of an entity and the entities before it, which in training are noised too,
 each at a time of its own (noisy context), and in sampling are clean.
 
-Source: OliverRensu/xAR: models/xar.py (121e9c9), which has cells of 8x8 alone; the other entities are Algorithm 1 of the
-paper. What differs: any grid and any batch, also of one; clean entities enter the cache by a pass of their own, so that
-one step is enough and no state hides in the modules; nothing is computed for guidance that is off; labels are dropped
-in training only.
+Source: OliverRensu/xAR: models/xar.py (121e9c9), which has cells of 8x8 alone; the other entities are Algorithm 1 of
+the paper. What differs: any grid and any batch, also of one; clean entities enter the cache by a pass of their own, so
+that one step is enough and no state hides in the modules; nothing is computed for guidance that is off; labels are
+dropped in training only.
 
 Shapes: B batch, R rows (2 B with guidance), L tokens, E entities, n tokens of one entity, D width, C latent channels.
 """
@@ -52,7 +52,7 @@ def entities(
     size: int | Sequence[int] | None = None,
     scales: Sequence[int | Sequence[int]] | None = None,
 ) -> tuple[tuple[Grid, ...], list[Tensor]]:
-    """How latents are cut: the grids of their tokens, and the positions (n,) of each entity, in the order of prediction.
+    """How latents are cut: the grids of their tokens, and the positions (n,) of each entity, in order of prediction.
 
     Args:
         grid: (h, w) of the latent.
@@ -66,6 +66,11 @@ def entities(
         grids = halves((height, width)) if scales is None else square_grids(scales)
         if grids[-1] != (height, width):
             raise ValueError(f"the last of the scales must be the whole latent, {height}x{width}; got {scales}")
+        if len(grids) < 2:
+            raise ValueError(
+                f"entity scale needs two scales or more, such as those of a LatentPyramid; got {grids}. One scale is "
+                f"entity image"
+            )
         return grids, list(torch.arange(sum(h * w for h, w in grids)).split([h * w for h, w in grids]))
     if entity == "token":
         return ((height, width),), list(every.split(1))

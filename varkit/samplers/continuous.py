@@ -57,7 +57,8 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         num_steps: of groups, where the generator can take several numbers; None is its own.
         head_steps: of the integration of a group.   head_steps_last: of the last group; between them the number falls
             (or rises) linearly over the groups (DiSA, arXiv 2505.20297). None is the same for all.
-        solver: of the head, a name of `varkit.samplers.ode.SOLVERS`; None is its own.   temperature: of its noise; 1 is neutral.
+        solver: of the head, for a flow a name of `varkit.samplers.ode.SOLVERS`; None is its own.
+        temperature: of its noise; 1 is neutral.
     """
 
     @register_to_config

@@ -23,7 +23,7 @@ from varkit.interfaces import Tokenizer
 from varkit.layout import Grid, TokenLayout, square_grids
 from varkit.registry import ModelEntry, register_model
 from varkit.rng import Rng
-from varkit.tokenizers.kl_vae import FASHION, KLVAE, flatten, unflatten
+from varkit.tokenizers.kl_vae import FASHION, KL16, KLVAE, flatten, unflatten
 
 Resize = Literal["area", "nearest"]
 
@@ -144,16 +144,6 @@ class LatentPyramid(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     def running(self, batch: int) -> RunningPyramid:
         first = torch.zeros(batch, self.layout.sizes[0], self.layout.dim, device=next(self.parameters()).device)
         return RunningPyramid(self.layout.grids, first)
-
-
-KL16: dict[str, Any] = {
-    "image_size": 256,
-    "latent_channels": 16,
-    "block_out_channels": (128, 128, 256, 256, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4 + ("AttnDownEncoderBlock2D",),
-    "scaling_factor": 0.2325,
-}
-"""Arguments of the VAE of MAR, xAR and FlowAR."""
 
 
 def _builder(**preset: Any) -> Callable[..., LatentPyramid]:

@@ -19,6 +19,7 @@ from varkit import registry
 from varkit.checkpoints import kl_vae as keys
 from varkit.checkpoints.files import build_official, load_official, read_state_dict, to_official, write_official
 from varkit.cli import app
+from varkit.config import ConfigError
 from varkit.data.images import open_images
 from varkit.data.latents import LatentStatistics, latent_sums
 from varkit.data.transforms import ImageTransform
@@ -27,6 +28,7 @@ from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.measure_latents import measure_latents
 from varkit.rng import Rng
 from varkit.tokenizers.kl_vae import KLVAE, flatten
+from varkit.training.objectives import build_objective, objective_config
 
 SLICE = Path(__file__).parent / "data" / "fashion_slice.npz"
 SMALL: dict[str, Any] = {"block_out_channels": (8,) * 5, "layers_per_block": 1, "norm_num_groups": 4}
@@ -212,6 +214,19 @@ def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
         open_tokenizer(str(tmp_path / "toy"), image_size=64)
     with pytest.raises(ValueError, match="must be a multiple of the downsampling, 8"):
         open_tokenizer(str(tmp_path / "more" / ".." / "unet"), image_size=20)
+
+
+def test_training_starts_from_the_released_file_or_a_vae_of_diffusers(tmp_path: Path) -> None:
+    write_official(small_kl16(), tmp_path / "kl16.pth")
+    of_diffusers("sd").save_pretrained(tmp_path / "vae")
+    quick = {"name": "kl-vae", "adversarial_weight": 0, "perceptual_weight": 0}
+    for start, scale in (("kl16.pth", 0.2325), ("vae", 0.18215)):
+        training: Any = build_objective(objective_config(quick | {"init_from": str(tmp_path / start)}), [])
+        assert training.tokenizer.config.scaling_factor == scale and training.tokenizer.training
+        assert all(p.requires_grad for p in training.tokenizer.parameters())
+    tiny("toy_vq").save_pretrained(tmp_path / "toy")
+    with pytest.raises(ConfigError, match="toy is no KL autoencoder but a ToyVQ"):
+        build_objective(objective_config(quick | {"init_from": str(tmp_path / "toy")}), [])
 
 
 # ---- statistics of latents ----------------------------------------------------------------------------------------

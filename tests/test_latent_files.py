@@ -21,10 +21,19 @@ from varkit.data.codes import CodeSet
 from varkit.data.images import open_images
 from varkit.data.shards import shard_file
 from varkit.data.transforms import ImageTransform
+from varkit.interfaces import Tokenizer
 from varkit.pipelines.extract_codes import Views, extract_codes
+from varkit.registry import model_entry
 from varkit.rng import Rng
+from varkit.tokenizers.kl_vae import KLVAE
 
 NUM = 11
+
+
+class Pointed(KLVAE):
+    """Latents that have no moments, as those of several grids made of one."""
+
+    moments = Tokenizer.moments
 
 
 @pytest.fixture(name="source")
@@ -122,6 +131,9 @@ def test_what_does_not_go_together_is_refused(source: str, tmp_path: Path) -> No
         make("kl_vae_f8", source, tmp_path / "codes", moments=True)
     with pytest.raises(ValueError, match="moments are those of latents; ToyVQ has"):
         make("toy_vq", source, tmp_path / "ids", moments=True)
+    with pytest.raises(ValueError, match="Pointed has no posterior over its tokens"):
+        extract_codes(Pointed(**model_entry("kl_vae_f8").tiny), source, tmp_path / "points", moments=True)
+    assert not (tmp_path / "points").exists()
     huge = tiny("kl_vae_f8")
     huge.register_to_config(scaling_factor=1e7)
     with pytest.raises(ValueError, match="too large for float16"):

@@ -3,6 +3,7 @@ from token files; no real model of continuous tokens is named."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
@@ -196,6 +198,15 @@ def test_a_normalised_tokenizer_is_exported_and_other_files_are_refused(tmp_path
     assert exported.config.latents_std == pytest.approx(found.std)
 
 
+@pytest.fixture(name="other_precision")
+def _other_precision() -> Iterator[None]:
+    """accelerate keeps one precision a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("other_precision")
 def test_a_hundred_steps_in_bfloat16_stay_finite(tmp_path: Path) -> None:
     steps = ("loop.steps=100", "loop.precision=bf16", "optim.lr=1e-2", "loop.validate_every=50", "loop.sample_every=0")
     run = train(recipe(tmp_path / "run", plan(tmp_path / "vae"), *steps, "loop.save_every=100"))

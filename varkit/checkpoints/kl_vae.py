@@ -86,8 +86,8 @@ def _require_kl16(levels: int, channels: int, up: Sequence[str]) -> None:
     if levels != 5 or channels != 16 or attention:
         raise ValueError(
             f"a VAE of {channels} channels and {levels} levels with{'' if attention else 'out'} attention in the "
-            f"decoder's levels is not MAR's kl16.ckpt (16 channels, 5 levels, without), and no key tells how its latents "
-            f"are scaled. Open the folder of the same VAE in diffusers' format (AutoencoderKL), which does"
+            f"decoder's levels is not MAR's kl16.ckpt (16 channels, 5 levels, without), and no key tells how its "
+            f"latents are scaled. Open the folder of the same VAE in diffusers' format (AutoencoderKL), which does"
         )
 
 

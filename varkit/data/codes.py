@@ -5,7 +5,7 @@
     codes/00000.texts.json   the n texts, where the images have any
 
 A view is one crop or mirror image; training draws one of the V anew each time. Latents are stored as they were drawn,
-or by their moments: mean and standard deviation side by side, (n, V, L, 2 C), from which a latent is drawn anew each time.
+or by their moments: mean and standard deviation side by side, (n, V, L, 2 C), from which a latent is drawn each time.
 Shapes: N images in the set, n in a shard, V views, L tokens, G factors of a code, C channels of a latent.
 """
 

@@ -29,6 +29,7 @@ from varkit.data.codes import (
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.latents import latent_sums
 from varkit.data.transforms import ImageTransform, Mode
+from varkit.interfaces import Tokenizer
 from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint
 from varkit.rng import Rng
@@ -148,6 +149,8 @@ def extract_codes(
         name, tokenizer = name or tokenizer, open_tokenizer(tokenizer).eval()
     if moments and tokenizer.layout.codebook_size is not None:
         raise ValueError(f"moments are those of latents; {type(tokenizer).__name__} has {tokenizer.layout.describe()}")
+    if moments and type(tokenizer).moments is Tokenizer.moments:
+        raise ValueError(f"{type(tokenizer).__name__} has no posterior over its tokens; code it without moments")
     dataset = open_images(source, split=split, root=root)
     storage = storage_dtype(tokenizer.layout)
     info = CodeInfo(

@@ -339,7 +339,7 @@ register_checkpoint(
         name="kl16.in1k",
         repo_id="LTH14/mar",
         filename="kl16.ckpt",
-        licence="MIT (LTH14/mar)",
+        licence="MIT",
         paper="arXiv 2406.11838",
         resolution=256,
         official_score="rFID 0.53 on ImageNet validation images (a user's measurement, LTH14/mar issue 3)",

@@ -242,6 +242,9 @@ class Generator(ABC):
     guidance_by: Literal["groups", "tokens"] = "groups"
     """What a guidance schedule counts where tokens are continuous: groups drawn, or the share of tokens."""
 
+    places: int = 1
+    """Positions that are always decided together, such as those of a patch; guidance by tokens counts them as one."""
+
     sampler: str = "NextGroupSampler"
     """The class of the sampler that its pipelines get unless another is given."""
 
@@ -252,6 +255,14 @@ class Generator(ABC):
     def groups(self, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
         """The groups of one batch: those of `schedule`, (n,) each, or (B, n) where each image has its own."""
         return self.schedule(num_steps)
+
+    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
+        """As `groups`, where the tokens of `keep` (B, L) bool are known.
+
+        What no group holds is appended before the first: a generator that can read known tokens in any order leaves
+        them out. Others draw all of them, and known ones take their places as they come.
+        """
+        return self.groups(rng, num_steps)
 
     def in_order(self, name: str) -> list[Tensor]:
         """As `schedule`, one position a step in the order of that name (`varkit.orders`).

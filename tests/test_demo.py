@@ -32,17 +32,18 @@ from varkit.demo import class_to_image, common, compare, edit, evaluate, painter
 from varkit.demo.app import build_demo, launch
 from varkit.demo.common import Models, enlarge
 from varkit.demo.limits import Limits
-from varkit.pipelines.auto import AutoPipeline
+from varkit.pipelines.auto import AutoPipeline, assemble
 from varkit.pipelines.base import generate
 from varkit.pipelines.edit import image_to_tensor, keep_pyramid
+from varkit.registry import create_model, model_entry
 from varkit.rng import Rng
 
 gr = pytest.importorskip("gradio", reason='the demo needs gradio: pip install "varkit[app]"')
 
 SIDE = 8  # of the tiny model's images
 NAME = "tiny var"  # with a space: what is printed must be quoted
-OWN = (2.0, 1.0, 0, 1.0, False)  # the tiny model's own settings, in the order of the controls
-OTHER = (1.5, 0.8, 12, 0.9, True)
+OWN = (2.0, 1.0, 0, 1.0, False, 21)  # the tiny model's own settings, in the order of the controls
+OTHER = (1.5, 0.8, 12, 0.9, True, 21)
 LOWER = "0000/0000/1111/1111"
 """Marks on the tiny model's 4 x 4 cells."""
 NAMES = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
@@ -50,7 +51,6 @@ NAMES = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
 
 def save_tiny(folder: Path) -> Path:
     from varkit.pipelines.class_to_image import ClassToImagePipeline
-    from varkit.registry import model_entry
     from varkit.samplers.next_group import NextGroupSampler
 
     entry = model_entry("var_fashion")
@@ -164,12 +164,12 @@ def test_examples_are_the_models_own_and_made_once(models: Models, pipeline: Any
 
 
 def test_another_model_brings_its_own_classes_and_limits(models: Models) -> None:
-    picker, num, guidance, _, top_k, _, smooth = class_to_image.refresh(models, NAME)
+    picker, num, guidance, _, top_k, _, smooth, tokens = class_to_image.refresh(models, NAME)
     classes = [("0 · Boot", "0"), ("1 · Coat", "1"), ("2 · Bag", "2")]
     assert picker["choices"][2:] == classes and picker["value"] == class_to_image.ALL and num == 8
-    assert (guidance["value"], top_k["maximum"], smooth["value"]) == (2.0, 24, False)
+    assert (guidance["value"], top_k["maximum"], smooth["value"], tokens["visible"]) == (2.0, 24, False, False)
     _, picker, *settings = edit.refresh(models, NAME, None)
-    assert picker["choices"][1:] == classes and picker["value"] == edit.FOLLOW and len(settings) == len(NAMES)
+    assert picker["choices"][1:] == classes and picker["value"] == edit.FOLLOW and len(settings) == len(OWN)
 
 
 # ---- generate -----------------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_generate_shows_scale_by_scale_then_what_the_pipeline_draws(
     if labels is None:
         labels = class_to_image.labels_for(pipeline, choice, Rng.from_seed(seed, num))
         assert len(set(labels)) > 1
-    made = generate(pipeline, labels, num, seed, num, **dict(zip(NAMES, values, strict=True)))
+    made = generate(pipeline, labels, num, seed, num, **dict(zip(NAMES, values, strict=False)))
     for (image, caption), (_, label, expected) in zip(images, made, strict=True):
         assert same(image, enlarge(expected)) and caption == pipeline.labels[label]
     assert status.startswith("**1 image**" if num == 1 else f"**{num} images**")
@@ -247,7 +247,7 @@ NAN = float("nan")
         *[(3, t, "Temperature must be a number from 0.01 to 5") for t in (0, 5.1, None, True, NAN)],
         *[(4, k, "Top-k must be a whole number from 0 to 24") for k in (-1, 25, 1.5, None)],
         *[(5, p, "Top-p must be a number from 0.01 to 1") for p in (0, 1.01, None, [])],
-        *[(7, s, "Seed must be a whole number from 0 to 2147483647") for s in (-1, 2**31, 0.5, None, "7", False, NAN)],
+        *[(8, s, "Seed must be a whole number from 0 to 2147483647") for s in (-1, 2**31, 0.5, None, "7", False, NAN)],
     ],
 )
 def test_bad_input_is_refused_in_words(models: Models, place: int, value: Any, message: str) -> None:
@@ -279,6 +279,41 @@ def test_a_new_seed_is_a_seed() -> None:
     assert len(seeds) > 40 and {common.check_seed(s) for s in seeds} == seeds
 
 
+# ---- tokens in any number -----------------------------------------------------------------------------------------
+
+
+def test_a_model_of_flexible_length_shows_and_takes_numbers_of_tokens(tmp_path: Path, picture: Image.Image) -> None:
+    entry = model_entry("flextok_ar_fashion")
+    tokenizer = model_entry(str(entry.tokenizer)).build(**entry.tiny_tokenizer)
+    assemble(liven(entry.build(**entry.tiny)).eval(), liven(tokenizer).eval(), {}).save_pretrained(
+        tmp_path / "flexible"
+    )
+    models = Models([tmp_path / "flexible"])
+    *_, tokens = class_to_image.refresh(models, "flexible")
+    assert (tokens["visible"], tokens["value"], tokens["maximum"]) == (True, 6, 6)
+    own = (1.5, 1.0, 0, 1.0, False)
+    for count, captions in ((6, ["1 token", "2 tokens", "4 tokens", "6 tokens"]), (3, ["1 token", "2 tokens"])):
+        *_, (images, scales, status, line) = class_to_image.generate(models, "flexible", "all", 2, *own, count, 5)
+        assert [caption for _, caption in scales] == captions and f"{count} steps" in status
+        assert ("--tokens 3" in line) == (count == 3)
+        drawn = models.open("flexible")([0, 1], seed=5, guidance_scale=1.5, num_tokens=count).images
+        assert all(same(a, enlarge(b)) for (a, _), b in zip(images, drawn, strict=True))
+    assert "Tokens must be" in refused(lambda: next(class_to_image.generate(models, "flexible", "0", 1, *own, 7, 5)))
+    sent = upload(picture, tmp_path / "x.png")
+    _, scales, _, _ = reconstruct.reconstruct(models, "flexible", sent)
+    assert [caption for _, caption in scales] == ["1 token", "2 tokens", "4 tokens", "6 tokens"]
+
+
+def test_a_model_that_can_show_nothing_on_the_way_still_draws(tmp_path: Path) -> None:
+    for name in ("llamagen_fashion", "maskgit_titok_fashion"):
+        entry = model_entry(name)
+        tokenizer = create_model(str(entry.tokenizer), **entry.tiny_tokenizer)
+        assemble(entry.build(**entry.tiny).eval(), tokenizer.eval(), {}).save_pretrained(tmp_path / name)
+        models = Models([tmp_path / name])
+        *_, (images, scales, _, line) = class_to_image.generate(models, name, "0", 2, *OWN, 5)
+        assert len(images) == 2 and scales == [] and "--tokens" not in line
+
+
 # ---- streaming ----------------------------------------------------------------------------------------------------
 
 
@@ -287,12 +322,12 @@ def test_a_run_stops_between_steps_when_nobody_looks_any_more(pipeline: Any) -> 
 
     def endless(callback_on_step_end: Callable[..., Any]) -> None:
         for step in range(10_000):
-            callback_on_step_end(pipeline, step, 0, {"num_steps": 10_000})
+            callback_on_step_end(pipeline, step, 0, {"num_steps": 10_000, "tokens": torch.zeros(1, 1)})
             seen.append(step)
             time.sleep(0.001)
 
     turns = running.Turns()
-    events = running.run(turns, endless, preview=False)
+    events = running.run(turns, endless, stages={})
     assert next(events) == running.Step(1, 10_000, None)
     events.close()  # returns when the thread has ended
     count = len(seen)
@@ -305,11 +340,11 @@ def test_a_run_stops_between_steps_when_nobody_looks_any_more(pipeline: Any) -> 
 
 def test_an_error_in_a_run_reaches_its_reader_and_ends_its_turn(pipeline: Any) -> None:
     def broken(callback_on_step_end: Callable[..., Any]) -> None:
-        callback_on_step_end(pipeline, 0, 0, {"num_steps": 2})
+        callback_on_step_end(pipeline, 0, 0, {"num_steps": 2, "tokens": torch.zeros(1, 1)})
         raise ValueError("half way")
 
     turns = running.Turns()
-    events = running.run(turns, broken, preview=False)
+    events = running.run(turns, broken, stages={})
     next(events)
     with pytest.raises(ValueError, match="half way"):
         next(events)

@@ -90,7 +90,7 @@ def test_equal_sides_give_equal_images(models: Models) -> None:
 
 
 def test_a_side_with_a_bad_setting_is_refused_before_any_work(models: Models) -> None:
-    bad = (2.0, 0, 0, 1.0, False)
+    bad = (2.0, 0, 0, 1.0, False, 21)
     assert "Temperature must be" in refused(lambda: next(compare.compare(models, "all", 1, 0, NAME, *OWN, NAME, *bad)))
 
 

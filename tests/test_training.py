@@ -936,11 +936,12 @@ def test_a_classifier_needs_two_classes() -> None:
 # ---- the card of a finished model -----------------------------------------------------------------------------------
 
 
-def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], dtype: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the curves")
     from varkit.metrics.evaluate import evaluate
     from varkit.metrics.report import Report
-    from varkit.training.card import write_card
+    from varkit.training.card import load_text, pack_model, write_card
 
     pipeline = AutoPipeline.from_pretrained(runs["generator"].folder / "model")
     changes = [f"images.sizes=[[{SIDE}, {SIDE}]]", "images.fit=squash", "interval.resamples=10", "manifold.real=50"]
@@ -951,19 +952,32 @@ def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], tm
     back = evaluate(pipeline, images, protocol="fashion-rec", metrics=["frechet", "psnr", "codebook"], **options)
     made.write(tmp_path / "generation.json")
     back.write(tmp_path / "reconstruction.json")
+    values = {
+        "name": "tiny-var",
+        "introduction": "An introduction.",
+        "limits": "- A limit.",
+        "commands": ["varkit eval tiny"],
+        "runs": {
+            "tokenizer": {"folder": str(runs["tokenizer"].folder), "part": "image_tokenizer"},
+            "transformer": {"folder": str(runs["generator"].folder)},
+            "classifier": {"folder": str(runs["classifier"].folder), "part": "classifier"},
+        },
+        "classifier": str(runs["classifier"].folder / "model"),
+        "dtype": dtype,
+        "curves": [["tokenizer", "l2"], ["transformer", "loss"]],
+        "data": str(SLICE),
+        "split": "train",
+        "mode": "squash",
+    }
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(values))
+    text = load_text(tmp_path / "card.yaml")
+    pack_model(text, tmp_path / "ship")
     write_card(
-        *(runs[name].folder for name in ("tokenizer", "generator", "classifier")),
+        text,
+        tmp_path / "ship",
         tmp_path / "generation.json",
         tmp_path / "reconstruction.json",
-        tmp_path / "ship",
-        title="tiny-var",
         machine="a test machine",
-        introduction="An introduction.",
-        limits="- A limit.",
-        command="varkit eval tiny",
-        data=str(SLICE),
-        split="train",
-        mode="squash",
     )
     card = (tmp_path / "ship" / "README.md").read_text()
     score = made.results[1].score("frechet")
@@ -974,5 +988,9 @@ def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], tm
     for picture in ("samples", "reconstructions", "curves"):
         assert Image.open(tmp_path / "ship" / "card" / f"{picture}.png").width > 10
     again = AutoPipeline.from_pretrained(tmp_path / "ship")
-    assert_same(again.transformer.state_dict(), pipeline.transformer.state_dict())
+    rounded = pipeline.to(getattr(torch, dtype)).to(torch.float32)
+    assert again.transformer.dtype == again.image_tokenizer.dtype == torch.float32
+    assert_same(again.transformer.state_dict(), rounded.transformer.state_dict())
+    stored = (tmp_path / "ship" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert stored < 1.3 * rounded.transformer.num_parameters() * getattr(torch, dtype).itemsize + 20_000
     assert ImageClassifier.from_pretrained(tmp_path / "ship" / "classifier").config.image_size == SIDE

@@ -18,10 +18,10 @@ from varkit.demo.common import (
     class_name,
     defaults,
     enlarge,
-    is_pyramid,
     need_gradio,
     readable_errors,
     setting_updates,
+    stages,
     whole,
 )
 from varkit.demo.controls import (
@@ -63,9 +63,9 @@ def command(source: str, labels: Sequence[int], seed: int, settings: dict[str, A
     words = ["varkit", "sample", source, "--class", ",".join(map(str, labels[:period]))]
     words += ["--num", str(len(labels)), "--seed", str(seed), "--guidance", f"{settings['guidance_scale']:g}"]
     for name in SETTINGS[1:]:
-        if settings[name] == default[name]:
+        if name not in settings or settings[name] == default[name]:
             continue
-        flag = name.replace("_", "-")
+        flag = "tokens" if name == "num_tokens" else name.replace("_", "-")
         if name == "more_smooth":
             words.append(f"--{flag}" if settings[name] else f"--no-{flag}")
         else:
@@ -74,9 +74,9 @@ def command(source: str, labels: Sequence[int], seed: int, settings: dict[str, A
 
 
 def generate(models: Models, name: str, choice: str, num: Any, *rest: Any) -> Iterator[tuple[Any, Any, str, str]]:
-    """Yields (images with captions, scales of the first image, status, command) as the run proceeds.
+    """Yields (images with captions, stages of the first image, status, command) as the run proceeds.
 
-    Args: rest: the five sampling settings, then the seed.
+    Args: rest: the six sampling settings, then the seed.
     """
     with readable_errors():
         gr = need_gradio()
@@ -86,14 +86,12 @@ def generate(models: Models, name: str, choice: str, num: Any, *rest: Any) -> It
         rng = Rng.from_seed(seed, num)
         labels = labels_for(pipeline, choice, rng)
         line = command(models.source(name), labels, seed, settings, defaults(pipeline))
-        grids = pipeline.image_tokenizer.layout.grids
         scales: list[tuple[Any, str]] = []
         yield gr.skip(), [], "Starting ...", line
-        for event in run(models.turns, partial(pipeline, labels, rng=rng, **settings), is_pyramid(pipeline)):
+        for event in run(models.turns, partial(pipeline, labels, rng=rng, **settings), stages(pipeline)):
             if isinstance(event, Step):
                 if event.image is not None:
-                    caption = " x ".join(map(str, grids[len(scales)])) if len(scales) < len(grids) else ""
-                    scales.append((enlarge(event.image), caption))
+                    scales.append((enlarge(event.image), event.caption))
                 yield gr.skip(), list(scales), f"Step {event.number} of {event.total} ...", line
                 continue
             images = captioned(pipeline, event.result.images, labels)
@@ -145,7 +143,7 @@ def add_tab(models: Models, model: Any) -> None:
         with gr.Column(scale=5, min_width=320):
             images = gallery("Images", "images", 5, buttons=["download", "download_all", "fullscreen"])
             status_line = note("Choose a class and press **Generate**.", "status")
-            heading("Coarse to fine: the first image after each step")
+            heading("Coarse to fine: the first image on the way (of models that can show it)")
             scales = gallery("Coarse to fine", "scales", 6)
             line = code("The same images from the command line", "command")
     wire(

@@ -16,6 +16,7 @@ from PIL import Image
 
 from varkit.demo.limits import Limits
 from varkit.demo.running import Turns
+from varkit.metrics.reconstruction import takes_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -144,9 +145,22 @@ def enlarge(image: Image.Image) -> Image.Image:
     return image.resize((image.width * k, image.height * k), Image.Resampling.NEAREST) if k > 1 else image
 
 
-def is_pyramid(pipeline: Any) -> bool:
-    """Whether the first few steps alone can be shown as an image."""
-    return len(pipeline.image_tokenizer.layout.grids) > 1
+def is_flexible(pipeline: Any) -> bool:
+    """Whether any number of the first tokens is an image, and can be asked for."""
+    return takes_lengths(pipeline.image_tokenizer) and "num_tokens" in pipeline.sampler.settings()
+
+
+def stages(pipeline: Any) -> dict[int, str]:
+    """Numbers of first tokens that alone can be shown as an image, with captions: those of the first scales, or 1, 2,
+    4, ... of a tokenizer of flexible length. Empty for other models."""
+    tokenizer = pipeline.image_tokenizer
+    layout = tokenizer.layout
+    if takes_lengths(tokenizer):
+        powers = {2**i for i in range(layout.length.bit_length())} | {layout.length}
+        return {n: "1 token" if n == 1 else f"{n} tokens" for n in sorted(powers)}
+    if len(layout.grids) > 1:
+        return {part.stop: " x ".join(map(str, grid)) for grid, part in zip(layout.grids, layout.slices, strict=True)}
+    return {}
 
 
 def class_name(pipeline: Any, label: int) -> str:
@@ -169,13 +183,14 @@ def check_class(pipeline: Any, choice: Any) -> int:
 
 # ---------------------------------------------------------------- sampling settings
 
-SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
+SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth", "num_tokens")
 """In the order of the controls, which is the order in which handlers receive them."""
 
 
 def defaults(pipeline: Any) -> dict[str, Any]:
-    """Of the controls; a sampler that knows no smoothing has it off."""
-    return {"more_smooth": False} | {k: v for k, v in pipeline.sampler.settings().items() if k in SETTINGS}
+    """Of the controls; a sampler that knows no smoothing has it off, and all tokens are the rule."""
+    known = {k: v for k, v in pipeline.sampler.settings().items() if k in SETTINGS and v is not None}
+    return {"more_smooth": False, "num_tokens": pipeline.image_tokenizer.layout.length} | known
 
 
 def _most_k(pipeline: Any) -> int:
@@ -185,7 +200,7 @@ def _most_k(pipeline: Any) -> int:
 
 def check_settings(pipeline: Any, values: Sequence[Any]) -> dict[str, Any]:
     """The values of the sampling controls as arguments of a pipeline call. Raises ValueError."""
-    guidance, temperature, top_k, top_p, more_smooth = values
+    guidance, temperature, top_k, top_p, more_smooth, num_tokens = values
     settings = {
         "guidance_scale": number("Guidance", guidance, 0, 100),
         "temperature": number("Temperature", temperature, 0.01, MAX_TEMPERATURE),
@@ -193,11 +208,13 @@ def check_settings(pipeline: Any, values: Sequence[Any]) -> dict[str, Any]:
         "top_p": number("Top-p", top_p, 0.01, 1),
         "more_smooth": bool(more_smooth),
     }
+    if is_flexible(pipeline):
+        settings["num_tokens"] = whole("Tokens", num_tokens, 1, pipeline.image_tokenizer.layout.length)
     return {k: v for k, v in settings.items() if k in pipeline.sampler.settings()}
 
 
 def setting_updates(pipeline: Any) -> list[dict[str, Any]]:
-    """Properties of the five controls that depend on the model, in the order of `SETTINGS`."""
+    """Properties of the six controls that depend on the model, in the order of `SETTINGS`."""
     default = defaults(pipeline)
     return [
         {"value": default["guidance_scale"], "maximum": max(5.0, default["guidance_scale"])},
@@ -205,4 +222,9 @@ def setting_updates(pipeline: Any) -> list[dict[str, Any]]:
         {"value": default["top_k"], "maximum": _most_k(pipeline)},
         {"value": default["top_p"]},
         {"value": default["more_smooth"]},
+        {
+            "value": default["num_tokens"],
+            "maximum": pipeline.image_tokenizer.layout.length,
+            "visible": is_flexible(pipeline),
+        },
     ]

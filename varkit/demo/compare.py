@@ -42,7 +42,7 @@ SIDES = ("A", "B")
 def compare(models: Models, choice: str, num: Any, seed: Any, *rest: Any) -> Iterator[tuple[Any, ...]]:
     """Yields (images of A, line of A, images of B, line of B, status, commands) as the two runs proceed.
 
-    Args: rest: of A its model and five sampling settings, then of B.
+    Args: rest: of A its model and six sampling settings, then of B.
     """
     with readable_errors():
         num, seed = whole("Number of images", num, 1, models.limits.images), check_seed(seed)
@@ -57,7 +57,7 @@ def compare(models: Models, choice: str, num: Any, seed: Any, *rest: Any) -> Ite
         shown: list[Any] = [[], "", [], ""]
         for side, (pipeline, labels, call) in zip(SIDES, calls, strict=True):
             yield (*shown, f"{side}: starting ...", lines)
-            for event in run(models.turns, call, preview=False):
+            for event in run(models.turns, call, {}):
                 if isinstance(event, Step):
                     yield (*shown, f"{side}: step {event.number} of {event.total} ...", lines)
                     continue

@@ -86,7 +86,7 @@ def slider_of_two(label: str, name: str) -> Any:
 def setting_controls(pipeline: Any) -> list[Any]:
     """A guidance slider and an accordion with the rest, at the model's defaults."""
     gr = need_gradio()
-    guidance, temperature, top_k, top_p, more_smooth = setting_updates(pipeline)
+    guidance, temperature, top_k, top_p, more_smooth, num_tokens = setting_updates(pipeline)
     controls = [
         gr.Slider(1, step=0.1, label="Guidance", info="1 is off; higher follows the class more closely", **guidance)
     ]
@@ -97,6 +97,7 @@ def setting_controls(pipeline: Any) -> list[Any]:
             gr.Slider(0.05, 1, step=0.01, label="Top-p", info="Choose among this share of likely codes", **top_p),
             gr.Checkbox(label="Smoother pictures", info="Blends codes: nicer to look at, less exact", **more_smooth),
         ]
+    controls.append(gr.Slider(1, step=1, label="Tokens", info="Stop after so many: fewer are rougher", **num_tokens))
     return controls
 
 

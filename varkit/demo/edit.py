@@ -16,10 +16,10 @@ from varkit.demo.common import (
     class_choices,
     defaults,
     enlarge,
-    is_pyramid,
     need_gradio,
     readable_errors,
     setting_updates,
+    stages,
 )
 from varkit.demo.controls import (
     HIDDEN,
@@ -61,7 +61,7 @@ def edit(
 ) -> Iterator[tuple[Any, str, str]]:
     """Yields ((before, after), status, Python lines) as the run proceeds.
 
-    Args: marks: cells as text; see `painter`.   rest: the five sampling settings, seed.
+    Args: marks: cells as text; see `painter`.   rest: the six sampling settings, seed.
     """
     with readable_errors():
         pipeline = models.open(name)
@@ -77,7 +77,7 @@ def edit(
         mask, rng = torch.from_numpy(cells), Rng.from_seed(seed, 1)
         call = partial(pipeline.edit, image, mask=mask, class_labels=label, rng=rng, **settings)
         yield (before, before), f"{cells.mean():.0%} of the image will be redrawn ...", lines
-        for event in run(models.turns, call, is_pyramid(pipeline)):
+        for event in run(models.turns, call, stages(pipeline)):
             if isinstance(event, Step):
                 after = before if event.image is None else enlarge(event.image)
                 yield (before, after), f"Step {event.number} of {event.total} ...", lines

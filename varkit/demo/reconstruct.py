@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from varkit.demo.common import Models, enlarge, is_pyramid, need_gradio, readable_errors
+from varkit.demo.common import Models, enlarge, need_gradio, readable_errors, stages
 from varkit.demo.controls import RAW, buttons, code, gallery, heading, note, slider_of_two, wire
 from varkit.demo.uploads import Upload, opening, read_upload, to_model_size, upload_controls, wire_examples
 from varkit.metrics.reconstruction import CodebookUse, ReconstructionMetrics
@@ -31,14 +31,11 @@ def reconstruct(models: Models, name: str, upload: Upload | None) -> tuple[Any, 
 
 @torch.no_grad()
 def through(pipeline: Any, image: Image.Image) -> tuple[torch.Tensor, Image.Image, Scales]:
-    """Tokens (1, L), the image made of all of them, and those made of the first 1, 2, ... scales with their sizes."""
-    tokenizer, layout = pipeline.image_tokenizer, pipeline.image_tokenizer.layout
+    """Tokens (1, L), the image made of all of them, and those made of its first scales or tokens, captioned."""
+    tokenizer = pipeline.image_tokenizer
     pixels = image_to_tensor(image, tokenizer.image_size).to(pipeline.device)
     tokens = tokenizer.encode(pixels)
-    scales = []
-    if is_pyramid(pipeline):
-        for grid, part in zip(layout.grids, layout.slices, strict=True):
-            scales.append((enlarge(pipeline.to_images(tokens[:, : part.stop])[0]), " x ".join(map(str, grid))))
+    scales = [(enlarge(pipeline.to_images(tokens[:, :n])[0]), name) for n, name in stages(pipeline).items()]
     return tokens, pipeline.to_images(tokens)[0], scales
 
 
@@ -88,7 +85,7 @@ def add_tab(models: Models, model: Any) -> None:
         with gr.Column(scale=5, min_width=320):
             pair = slider_of_two("Original and reconstruction", "reconstruction")
             line = note("Choose an image and press **Reconstruct**.", "reconstruct-status")
-            heading("The image from the first scales alone")
+            heading("The image from the first scales, or tokens, alone (of models that can show it)")
             scales = gallery("First scales", "reconstruct-scales", 6)
             lines = code("The same in Python", "reconstruct-snippet", "python")
     outputs: Sequence[Any] = [pair, scales, line, lines]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,11 +40,12 @@ class Turns:
 
 @dataclass
 class Step:
-    """One step of a run: `image` is the first image so far, where the tokenizer can show it."""
+    """One step of a run: `image` is the first image so far, where the tokenizer can show it; `caption` says how far."""
 
     number: int
     total: int
     image: Image.Image | None
+    caption: str = ""
 
 
 @dataclass
@@ -105,17 +106,20 @@ def stream(work: Callable[[Teller], Any]) -> Iterator[Any]:
         thread.join()
 
 
-def run(turns: Turns, call: Callable[..., Any], preview: bool) -> Iterator[Any]:
+def run(turns: Turns, call: Callable[..., Any], stages: Mapping[int, str]) -> Iterator[Any]:
     """A pipeline's call in its turn: a `Step` after each step, then `Done`.
 
-    Args: call: takes `callback_on_step_end`.   preview: show the first image after each step.
+    Args:
+        call: takes `callback_on_step_end`.
+        stages: numbers of tokens after which the first image is shown, and what is written below it.
     """
 
     def work(tell: Teller) -> Done:
         def on_step(pipeline: Any, step: int, position: int, state: dict[str, Any]) -> None:
             tell.check()
-            image = pipeline.to_images(state["tokens"][:1])[0] if preview else None
-            tell(Step(step + 1, state["num_steps"], image))
+            tokens = state["tokens"][:1]
+            image = pipeline.to_images(tokens)[0] if tokens.shape[1] in stages else None
+            tell(Step(step + 1, state["num_steps"], image, stages.get(tokens.shape[1], "")))
 
         with turns.take():
             tell.check()

@@ -164,7 +164,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         if settings["order"] is not None:
             factors = (len(size),) if isinstance(size, tuple) else ()
             running = PreviousToken((len(cond), len(every), *factors), every.device, torch.cat(groups))
-        decided: list[Tensor] = []
+        total, count, decided = sum(len(g) for g in groups), 0, torch.empty(0)
         for step, positions in enumerate(groups):
             predictive = transformer.predict(state, running.inputs(positions), positions)
             assert isinstance(predictive, Categorical)
@@ -182,10 +182,13 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
                 tokens = keep_known(tokens, known, positions, tokenizer)
             transformer.append(state, tokens, positions)
             running.record(tokens, positions)
-            decided.append(tokens)
+            if step == 0:
+                decided = tokens.new_empty(len(tokens), total, *tokens.shape[2:])
+            decided[:, count : count + len(positions)] = tokens
+            count += len(positions)
             if on_step is not None:
-                on_step(StepInfo(step, len(groups), positions, predicted, torch.cat(decided, 1), predictive.logits))
-        in_layout_order = torch.cat(decided, 1)[:, torch.cat(groups).argsort()]
+                on_step(StepInfo(step, len(groups), positions, predicted, decided[:, :count], predictive.logits))
+        in_layout_order = decided[:, torch.cat(groups).argsort()]
         return SamplerOutput(in_layout_order, len(groups), len(groups), time.perf_counter() - began)
 
 

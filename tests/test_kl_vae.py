@@ -25,6 +25,7 @@ from varkit.data.latents import LatentStatistics, latent_sums
 from varkit.data.transforms import ImageTransform
 from varkit.pipelines import auto
 from varkit.pipelines.auto import open_tokenizer
+from varkit.pipelines.fingerprint import tokenizer_fingerprint
 from varkit.pipelines.measure_latents import measure_latents
 from varkit.rng import Rng
 from varkit.tokenizers.kl_vae import KLVAE, flatten
@@ -69,6 +70,8 @@ def test_a_file_opens_strictly_and_is_given_back(bare: bool, tmp_path: Path) -> 
     opened = open_tokenizer(str(tmp_path / "kl16.ckpt"), image_size=32)
     images = random_images(model, 2)
     assert torch.equal(opened.encode(images), model.encode(images))
+    opened.save_pretrained(tmp_path / "folder")  # token files made by the one go with the other
+    assert tokenizer_fingerprint(open_tokenizer(str(tmp_path / "folder"))) == tokenizer_fingerprint(opened)
     write_official(opened, tmp_path / "back.safetensors")
     back = read_state_dict(tmp_path / "back.safetensors")
     assert all(torch.equal(back[k], state[k]) for k in state) and back.keys() == state.keys()

@@ -256,13 +256,14 @@ class Generator(ABC):
         """The groups of one batch: those of `schedule`, (n,) each, or (B, n) where each image has its own."""
         return self.schedule(num_steps)
 
-    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
+    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:
         """As `groups`, where the tokens of `keep` (B, L) bool are known.
 
-        What no group holds is appended before the first: a generator that can read known tokens in any order leaves
-        them out. Others draw all of them, and known ones take their places as they come.
+        Returns: positions (B, k) whose known tokens are appended before the first group, and the groups, of all others.
+        A generator that can read known tokens in any order gives the former. Others draw all tokens, and known ones
+        take their places as they come.
         """
-        return self.groups(rng, num_steps)
+        return torch.zeros(len(keep), 0, dtype=torch.int64, device=keep.device), self.groups(rng, num_steps)
 
     def in_order(self, name: str) -> list[Tensor]:
         """As `schedule`, one position a step in the order of that name (`varkit.orders`).

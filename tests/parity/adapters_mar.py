@@ -14,7 +14,8 @@ from varkit.checkpoints import mar as keys
 from varkit.checkpoints.files import load_strictly
 from varkit.conditioning.label import LabelCondition
 from varkit.generators.mar import MAR, first_masked, group_sizes, masked_counts, tokens_at
-from varkit.heads.diffusion import STEPS, Denoiser, ancestral, backward, diffuse, fold, process, unfold
+from varkit.heads.diffusion import Denoiser, fold, unfold
+from varkit.heads.gaussian import STEPS, ancestral, backward, diffuse, process
 from varkit.rng import Draw, Rng
 from varkit.samplers.continuous import ContinuousSampler, ContinuousStep, token_progress
 from varkit.samplers.guidance import guidance_schedule

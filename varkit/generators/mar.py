@@ -25,7 +25,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.generators.maskgit import Attention
-from varkit.heads.diffusion import STEPS, Diffusion, DiffusionHead, fold, unfold
+from varkit.heads.diffusion import Diffusion, DiffusionHead, fold, unfold
+from varkit.heads.gaussian import STEPS
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layout import TokenLayout
@@ -306,8 +307,8 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """As `schedule`, (B, n) of each image's own order, of which the last tokens come first, as in the release."""
         return self._split(random_orders(rng.to(self.positions.device), self.length), self._steps(num_steps))
 
-    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
-        """As `groups`, of the tokens that are not known; there are no more steps than these.
+    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Known tokens are read from the first step on; groups as in `groups`, of the others, no more than these.
 
         Of patches, those are known all of whose latents are. Raises: ValueError when images of a batch have different
         numbers of open tokens, which the encoder cannot read together, or none.
@@ -323,7 +324,8 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             )
         order = random_orders(rng.to(self.positions.device), self.length)
         order = order.gather(1, tokens_at(still_open.gather(1, order)))
-        return self._split(order, min(self._steps(num_steps), count))
+        known = self.positions[tokens_at(~still_open)].flatten(1)
+        return known, self._split(order, min(self._steps(num_steps), count))
 
     def _steps(self, num_steps: int | None) -> int:
         steps = min(self.config.num_steps, self.length) if num_steps is None else num_steps
@@ -435,10 +437,11 @@ _TINY: dict[str, Any] = {
     "cond_drop_rate": 0.4,
     "num_steps": 4,
 }
-_TINY_TOKENIZER = {
+_TINY_TOKENIZER: dict[str, Any] = {
     "image_size": 16,
     "latent_channels": 4,
     "block_out_channels": (8, 8),
+    "down_block_types": None,
     "layers_per_block": 1,
     "norm_num_groups": 4,
 }

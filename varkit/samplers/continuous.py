@@ -17,8 +17,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.heads.categorical import Categorical
-from varkit.heads.diffusion import Diffusion, spaced
+from varkit.heads.diffusion import Diffusion
 from varkit.heads.flow import Flow
+from varkit.heads.gaussian import spaced
 from varkit.interfaces import Cond, Generator, Predictive, Tokenizer
 from varkit.rng import Rng
 from varkit.samplers.guidance import guidance_interval, guidance_schedule
@@ -59,7 +60,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         guidance_times: lowest and highest time t of a flow at which guidance is on, 1 being noise. None is all.
         num_steps: of groups, where the generator can take several numbers; None is its own.
         head_steps: of the integration of a group; of a diffusion also how they are spaced, such as "ddim50", see
-            `varkit.heads.diffusion.Spacing`.   head_steps_last: of the last group; between them the number falls
+            `varkit.heads.gaussian.Spacing`.   head_steps_last: of the last group; between them the number falls
             (or rises) linearly over the groups (DiSA, arXiv 2505.20297). None is the same for all.
         solver: of the head, for a flow a name of `varkit.samplers.ode.SOLVERS`; None is its own.
         temperature: of its noise; 1 is neutral.
@@ -106,7 +107,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         if known is None:
             return len(transformer.schedule(steps))
         rng = Rng.from_seed(0, len(known[0]), device=known[0].device)
-        return len(transformer.groups_around(known[1].expand(known[0].shape[:2]), rng, steps))
+        return len(transformer.groups_around(known[1].expand(known[0].shape[:2]), rng, steps)[1])
 
     @torch.no_grad()
     def generate(
@@ -134,9 +135,9 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
         batch, length, dim = len(cond), transformer.layout.length, transformer.layout.dim
         if known is None:
-            groups = transformer.groups(rng, settings["num_steps"])
+            before, groups = None, transformer.groups(rng, settings["num_steps"])
         else:
-            groups = transformer.groups_around(known[1].expand(batch, length), rng, settings["num_steps"])
+            before, groups = transformer.groups_around(known[1].expand(batch, length), rng, settings["num_steps"])
         device = groups[0].device
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
@@ -149,9 +150,9 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             put(every, positions, tokens)
 
         decided, calls = 0, 0
-        if known is not None and (outside := positions_outside(groups, batch, length)).numel():
-            record(take(known[0], outside).to(every), outside)
-            decided = outside.shape[1]
+        if known is not None and before is not None and before.numel():
+            record(take(known[0], before).to(every), before)
+            decided = before.shape[1]
         for step, positions in enumerate(groups):
             predictive: Any = transformer.predict(state, running.inputs(positions), positions)
             decided += positions.shape[-1]
@@ -205,15 +206,6 @@ def token_progress(decided: int, length: int, places: int = 1) -> tuple[int, int
     m tokens masked after the group, and never quite w. Source: LTH14/mar: models/mar.py (fe470ac).
     """
     return min(decided, length - places), length
-
-
-def positions_outside(groups: list[Tensor], batch: int, length: int) -> Tensor:
-    """(B, k): the positions that no group holds, rising; equally many for each image."""
-    count = length - sum(positions.shape[-1] for positions in groups)
-    held = torch.zeros(batch, length, dtype=torch.int64, device=groups[0].device)
-    for positions in groups:
-        held.scatter_(1, positions.expand(batch, -1), 1)
-    return held.argsort(dim=1, stable=True)[:, :count]
 
 
 def steps_of(step: int, groups: int, head_steps: int, head_steps_last: int | None) -> int:

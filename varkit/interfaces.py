@@ -242,7 +242,7 @@ class Generator(ABC):
     guidance_by: Literal["groups", "tokens"] = "groups"
     """What a guidance schedule counts where tokens are continuous: groups drawn, or the share of tokens."""
 
-    places: int = 1
+    positions_per_token: int = 1
     """Positions that are always decided together, such as those of a patch; guidance by tokens counts them as one."""
 
     sampler: str = "NextGroupSampler"

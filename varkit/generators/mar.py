@@ -203,7 +203,7 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
                 f"{diffusion_batch_mul}"
             )
         self.layout = TokenLayout((tuple(grid),), None, latent_dim)
-        self.places = patch_size**2
+        self.places = self.positions_per_token = patch_size**2
         self.num_classes, self.length = num_classes, self.layout.length // self.places
         self.gradient_checkpointing = False
         self.positions: Tensor

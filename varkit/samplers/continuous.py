@@ -194,7 +194,7 @@ def strength_at(settings: dict[str, Any], step: int, groups: int, decided: int, 
         return 1.0
     done, end = step, groups - 1
     if transformer.guidance_by == "tokens":
-        done, end = token_progress(decided, transformer.layout.length, transformer.places)
+        done, end = token_progress(decided, transformer.layout.length, transformer.positions_per_token)
     schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
     return schedule(float(settings["guidance_scale"]), done, end)
 

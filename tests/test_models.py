@@ -23,7 +23,7 @@ from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical
 from varkit.heads.diffusion import Diffusion
 from varkit.heads.flow import Flow
-from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.interfaces import Cond, Generator, PreviousToken, Tokenizer
 from varkit.registry import create_model, list_models, model_entry
 from varkit.samplers.continuous import ContinuousSampler
 
@@ -91,6 +91,12 @@ OFFICIAL_PARAMETERS = {
     "multiscale_vq_f16_512": 108_948_355,
     "multiscale_vq_f16_1024": 108_948_355,
     "kl16": 66_456_019,
+    "xar_b": 172_638_224,
+    "xar_l": 608_397_968,
+    "xar_h": 1_186_024_096,
+    "flowar_s": 171_718_072,
+    "flowar_l": 586_862_912,
+    "flowar_h": 1_913_316_880,
     "rar_b": 260_923_648,
     "rar_l": 461_668_352,
     "rar_xl": 955_425_024,
@@ -160,7 +166,10 @@ def other_codebook(entry: Any) -> dict[str, Any]:
     """The paired tokenizer's tiny arguments with another codebook; finite scalars have levels, binary codes bits,
     latents channels."""
     changes: dict[str, Any] = {"levels": (2, 2), "bits": 4, "latent_channels": 5}
-    change = {k: v for k, v in changes.items() if k in entry.tiny_tokenizer} or {"codebook_size": 5}
+    change = {k: v for k, v in changes.items() if k in entry.tiny_tokenizer}
+    if not change and "vae_config" in entry.tiny_tokenizer:
+        change = {"vae_config": {**entry.tiny_tokenizer["vae_config"], "latent_channels": 5}}
+    change = change or {"codebook_size": 5}
     return {**entry.tiny_tokenizer, **change}
 
 
@@ -354,6 +363,8 @@ def test_step_by_step_inputs_are_the_teacher_forced_ones(name: str) -> None:
     tokens = random_tokens(model, 3)
     inputs, running = tokenizer.embed(tokens), tokenizer.running(3)
     assert inputs.shape[:2] == tokens.shape[:2]
+    if isinstance(running, PreviousToken) and any(len(positions) > 1 for positions in model.schedule()):
+        pytest.skip("several tokens at once: what they read is in the state, not the token before each")
     for positions in model.schedule():
         torch.testing.assert_close(running.inputs(positions), inputs[:, positions])
         running.record(tokens[:, positions], positions)

@@ -57,11 +57,11 @@ class CrossAttention(nn.Module):
         self.kv = nn.Linear(context, 2 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, context: Tensor, rotary: Rotary, where: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, rotary: Rotary, where: Tensor, mask: Tensor | None) -> Tensor:
         q = rotary(self.q(x).unflatten(-1, (self.num_heads, -1)), where)  # R n H W/H
         k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         parts = (t.transpose(1, 2) for t in (q, rotary(k, where), v))
-        return self.proj(F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2))
 
 
 class CrossBlock(nn.Module):
@@ -75,11 +75,22 @@ class CrossBlock(nn.Module):
         self.mlp = GatedMLP(dim)
         self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
 
-    def forward(self, x: Tensor, time: Tensor, cond: Tensor, z: Tensor, rotary: Rotary, where: Tensor) -> Tensor:
-        """time: (R, 1, W).   cond: (R, n, W), time and vectors.   z: (R, n, D)."""
-        gamma, scale, shift = self.ada_lin_attn(F.silu(time)).chunk(3, -1)
-        x = x + gamma * self.attn(modulate(x, scale, shift), rotary, where)
-        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), rotary, where)
+    def forward(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        rotary: Rotary,
+        where: Tensor,
+        mask: Tensor | None,
+        time: Tensor,
+        z: Tensor,
+        group: Tensor | None,
+    ) -> Tensor:
+        """cond: (R, n, W), time and vectors.   time: (R, S, W), of token i number group[i].   z: (R, n, D)."""
+        three = self.ada_lin_attn(F.silu(time))
+        gamma, scale, shift = (three if group is None else three[:, group]).chunk(3, -1)
+        x = x + gamma * self.attn(modulate(x, scale, shift), rotary, where, mask)
+        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), rotary, where, mask)
         gamma, scale, shift = self.ada_lin_mlp(F.silu(cond)).chunk(3, -1)
         return x + gamma * self.mlp(modulate(x, scale, shift))
 
@@ -96,7 +107,7 @@ class FinalLayer(nn.Module):
 
 
 class FlowHead(nn.Module):
-    """The velocity of the tokens of one scale: a transformer with heads of 64 channels.
+    """The velocity of the tokens of one scale, or of several side by side: a transformer with heads of 64 channels.
 
     Args:
         channels, context, width: C, D, W.   depth: of the blocks.
@@ -110,7 +121,7 @@ class FlowHead(nn.Module):
         if width % 64:
             raise ValueError(f"the flow head has heads of 64 channels: its width must be a multiple of it; got {width}")
         heads = width // 64
-        self.cross = cross
+        self.gradient_checkpointing = False
         self.rotary = Rotary(places, heads_of(width, heads), prefix=0)
         self.time_embed = TimeEmbedding(width)
         self.cond_embed = nn.Linear(context, width)
@@ -121,17 +132,23 @@ class FlowHead(nn.Module):
         )
         self.final_layer = FinalLayer(width, channels)
 
-    def forward(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor) -> Tensor:
-        """States (R, n, C) at times (R,) -> velocity (R, n, C) float32.
+    def forward(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor, group: Tensor | None = None) -> Tensor:
+        """States (R, n, C) -> velocity (R, n, C) float32.
 
-        Args: z: (R, n, D), the vectors of the same tokens.   where: (n,), their positions in the layout.
+        Args:
+            t: (R,), of one scale; or (R, S) with `group` (n,): the scale of each token, which sees its own alone.
+            z: (R, n, D), the vectors of the same tokens.   where: (n,), their positions in the layout.
         """
-        time = self.time_embed(t)[:, None]  # R 1 W
-        cond = self.cond_embed(z) + time
+        time = self.time_embed(t[:, None] if group is None else t)  # R S W
+        cond = self.cond_embed(z) + (time if group is None else time[:, group])
+        mask = None if group is None else group[:, None] == group[None]
         x = self.input_proj(x.to(self.input_proj.weight.dtype))
         for block in self.res_blocks:
-            given = (time, cond, z, self.rotary, where) if self.cross else (cond, self.rotary, where)
-            x = block(x, *given)
+            given = (x, cond, self.rotary, where, mask)
+            if isinstance(block, CrossBlock):
+                given = (*given, time, z, group)
+            checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
+            x = self._gradient_checkpointing_func(block, *given) if checkpointed else block(*given)
         return self.final_layer(x, cond).float()
 
 
@@ -181,6 +198,8 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     """These: see `varkit.training.finetune.Tunable`."""
     sampler = "ContinuousSampler"
 
+    scale_of: Tensor
+
     @register_to_config
     def __init__(
         self,
@@ -206,6 +225,9 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             )
         self.num_classes = num_classes
         where = places(self.layout.grids)
+        sizes = torch.tensor(self.layout.sizes, device=where.device)
+        scale_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes, output_size=self.layout.length)
+        self.register_buffer("scale_of", scale_of, persistent=False)  # L
         self.class_emb = nn.Embedding(num_classes + 1, hidden_size)
         self.z_proj = nn.Linear(latent_dim, hidden_size)
         first, second = depths
@@ -314,16 +336,13 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """
         out = self(inputs, class_labels, hidden_layer)
         z, hidden = (out, None) if hidden_layer is None else out
-        every = torch.arange(self.layout.length, device=tokens.device)
-        errors = []
-        for i, part in enumerate(self.layout.slices):
-            x, e = tokens[:, part], noise[:, part]
-            v = self.flownet(add_noise(x, e, t[:, i]), t[:, i], z[:, part], every[part])
-            errors.append((v - (e - x).float()).square().mean(-1))  # B n
-        scale_losses = torch.stack([e.mean(1) for e in errors], 1)
+        where, group = torch.arange(self.layout.length, device=tokens.device), self.scale_of
+        v = self.flownet(add_noise(tokens, noise, t[:, group]), t, z, where, group)
+        error = (v - (noise - tokens).float()).square().mean(-1)  # B L
+        scale_losses = torch.stack([e.mean(1) for e in self.layout.split(error)], 1)
         w = 1 / self.layout.sizes[-1] if weight is None else weight
         losses = {
-            "loss": (torch.cat(errors, 1) * w).sum(1).mean(),
+            "loss": (error * w).sum(1).mean(),
             "loss_first": scale_losses.detach()[:, 0].mean(),
             "loss_last": scale_losses.detach()[:, -1].mean(),
             "scale_losses": scale_losses,
@@ -365,20 +384,20 @@ _TINY = {
     "num_heads": 2,
     "head_width": 64,
     "head_depth": 1,
-    "scales": (1, 2, 4, 8),
+    "scales": (1, 4),
     "latent_dim": 4,
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
 _TINY_TOKENIZER = {
     "vae_config": {
-        "image_size": 16,
+        "image_size": 8,
         "latent_channels": 4,
         "block_out_channels": (8, 8),
         "layers_per_block": 1,
         "norm_num_groups": 4,
     },
-    "scales": (1, 2, 4, 8),
+    "scales": (1, 4),
 }
 _CROSS = {"cross": True, "head_depth": 12}
 _SIZES: dict[str, tuple[dict[str, Any], str]] = {

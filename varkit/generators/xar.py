@@ -357,13 +357,13 @@ def _builder(**preset: Any) -> Callable[..., XAR]:
 
 _TINY = {
     "num_classes": 3,
-    "hidden_size": 32,
+    "hidden_size": 16,
     "depths": (1, 1),
     "num_heads": 2,
     "grid": (8, 8),
     "latent_dim": 4,
     "entity": "cell",
-    "entity_size": 4,
+    "entity_size": (8, 4),
     "dropout": 0.0,
     "attention_dropout": 0.0,
 }
@@ -373,6 +373,7 @@ _TINY_VAE = {
     "block_out_channels": (8, 8),
     "layers_per_block": 1,
     "norm_num_groups": 4,
+    "down_block_types": None,
 }
 _SIZES: dict[str, tuple[dict[str, Any], str]] = {
     "b": ({}, "172 M"),

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from varkit import AutoPipeline, Rng
 from varkit.checkpoints import flowar as keys
+from varkit.checkpoints.convert import convert
+from varkit.checkpoints.files import read_state_dict, write_official
 from varkit.generators.flowar import FlowAR
 from varkit.interfaces import Cond
 from varkit.pipelines.auto import assemble
-from varkit.registry import checkpoint
+from varkit.registry import checkpoint, create_model
 from varkit.samplers.continuous import ContinuousSampler, steps_of
 from varkit.samplers.ode import find_solver
 from varkit.tokenizers.kl_vae import KLVAE, unflatten
@@ -276,6 +278,26 @@ def test_a_pipeline_from_a_vae_gets_its_scales(tmp_path: Path) -> None:
     images = [p(class_labels=[1], seed=3, output_type="pt").images for p in (pipeline, again)]
     assert images[0].shape == (1, 3, 8, 8)
     torch.testing.assert_close(*images, rtol=0, atol=1e-4)
+
+
+def test_two_files_become_a_pipeline_and_files_again(tmp_path: Path) -> None:
+    """Of small networks in the released layouts; FlowAR's file alone says that the VAE needs scales."""
+    model = small(scales=(1, 2, 4, 8, 16), latent_dim=16)
+    vae = create_model("kl16", block_out_channels=(32,) * 5, layers_per_block=1)
+    write_official(model, tmp_path / "own.pth")
+    write_official(vae, tmp_path / "vae.ckpt")
+    convert(tmp_path / "own.pth", tmp_path / "folder", tokenizer=tmp_path / "vae.ckpt")
+    pipeline = AutoPipeline.from_pretrained(tmp_path / "folder")
+    assert pipeline.image_tokenizer.layout == pipeline.transformer.layout == model.layout
+    for ours, theirs in ((model, pipeline.transformer), (vae, pipeline.image_tokenizer.vae)):
+        own, other = ours.state_dict(), theirs.state_dict()
+        assert own.keys() == other.keys() and all(torch.equal(own[k], other[k]) for k in own)
+    sampling = checkpoint("flowar_s.in1k_256").sampling
+    assert {k: pipeline.sampler.settings()[k] for k in sampling} == sampling
+    convert(tmp_path / "folder", tmp_path / "again.pth")
+    first, again = (read_state_dict(tmp_path / name) for name in ("own.pth", "again.pth"))
+    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    assert {"mask", "flownet.res_blocks.0.ada_lin.weight", "flownet.res_blocks.0.attn.rope.freqs"} <= first.keys()
 
 
 def test_the_readmes_settings() -> None:

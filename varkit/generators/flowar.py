@@ -457,7 +457,7 @@ register_model(
         "flowar_fashion",
         "generator",
         _builder(**_FASHION),
-        "FlowAR over latents of Fashion-MNIST at 1 to 8, 2.6 M parameters",
+        "FlowAR over latents of Fashion-MNIST at 1 to 8, 2.5 M parameters",
         tokenizer="latent_pyramid_fashion",
         tiny=_TINY,
         tiny_tokenizer=_TINY_TOKENIZER,

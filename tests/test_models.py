@@ -80,6 +80,7 @@ OFFICIAL_PARAMETERS = {
     "multiscale_vq_f16": 108_948_355,
     "multiscale_vq_f16_512": 108_948_355,
     "multiscale_vq_f16_1024": 108_948_355,
+    "kl16": 66_456_019,
     "rar_b": 260_923_648,
     "rar_l": 461_668_352,
     "rar_xl": 955_425_024,

@@ -13,6 +13,7 @@ import typer
 
 import varkit
 from varkit.commands import features as of_features
+from varkit.commands import latents as of_latents
 from varkit.commands.common import Device, Dtype, Json, refusing, say
 
 app = typer.Typer(
@@ -393,6 +394,12 @@ def tokenize(
     ] = None,
     crops: Annotated[int, typer.Option(help="1, or 10: corners, middle and their mirror images.")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="Also code each mirror image.")] = False,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Of latents: store mean and spread, so that training draws anew.")
+    ] = False,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images, where the tokenizer can code several.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 64,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Images that are written, or lost at a stop, together.")
@@ -404,8 +411,11 @@ def tokenize(
     as_json: Json = False,
 ) -> None:
     """Code a set of images once, for training from token files. Run it again to go on after a stop."""
+    from dataclasses import asdict
+
     import torch
 
+    from varkit.data.codes import CodeSet
     from varkit.pipelines.auto import open_tokenizer
     from varkit.pipelines.extract_codes import Views, extract_codes
     from varkit.pipelines.sample_set import launched
@@ -415,7 +425,7 @@ def tokenize(
     views = Views(mode=mode, enlarge=tuple(enlarge or [1.1 if crops == 10 else 1.0]), crops=crops, flip=flip)  # type: ignore[arg-type]
     state = launched(device)
     began = time.perf_counter()
-    tokenizer = open_tokenizer(name).eval().to(state.device)
+    tokenizer = open_tokenizer(name, image_size=image_size).eval().to(state.device)
     result = extract_codes(
         tokenizer if dtype == "float32" else tokenizer.to(getattr(torch, dtype)),
         data,
@@ -427,6 +437,7 @@ def tokenize(
         shard_size=shard_size,
         workers=workers,
         seed=seed,
+        moments=moments,
         process_index=state.process_index,
         num_processes=state.num_processes,
         announce=say,
@@ -435,8 +446,10 @@ def tokenize(
     state.wait_for_everyone()
     seconds = time.perf_counter() - began
     if state.is_main_process:
+        found = None if tokenizer.layout.codebook_size is not None else CodeSet(out).statistics
         if as_json:
-            typer.echo(json.dumps({**result._asdict(), "folder": str(out), "views": views.names, "seconds": seconds}))
+            told = {**result._asdict(), "folder": str(out), "views": views.names, "seconds": seconds}
+            typer.echo(json.dumps(told if found is None else {**told, "latents": asdict(found)}))
         else:
             lost = f", {result.skipped} unreadable and left out" if result.skipped else ""
             whose = "" if state.num_processes == 1 else " by this process"
@@ -444,10 +457,13 @@ def tokenize(
                 f"wrote {out}: {result.made} images{whose} in {seconds:.1f} s, {result.there} were there{lost}; "
                 f"{len(views.names)} view{'s' if len(views.names) > 1 else ''} each"
             )
+            if found is not None:
+                typer.echo(f"latents: {found}")
     state.destroy_process_group()
 
 
 app.command()(of_features.features)
+app.command()(of_latents.latents)
 
 
 @app.command()

@@ -109,16 +109,20 @@ def push(
     return str(info.pr_url or url)
 
 
-def download(repo_id: str, **options: Any) -> Path:
+def download(repo_id: str, folder: str = "", **options: Any) -> Path:
     """The weights and configurations of a hub repository, from the hub or its cache. No other file is fetched.
 
-    Args: options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir, local_files_only, ...
+    Args:
+        folder: of the repository, where only what lies in it is wanted.
+        options: of `huggingface_hub.snapshot_download`: revision, token, cache_dir, local_files_only, ...
     Raises: ValueError in one line: no such repository, no network.
     """
     from huggingface_hub import snapshot_download
 
     with hub_errors(repo_id):
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors"], **options))
+        where = f"{folder}/" if folder else ""
+        patterns = [f"{where}*.json", f"{where}*.safetensors"]
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, **options))
 
 
 def is_hub_id(name: str) -> bool:

@@ -160,6 +160,13 @@ class Tokenizer(ABC):
     def encode(self, images: Tensor, rng: Rng | None = None) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> tokens (B, L) or (B, L, C). Raises ValueError on another size."""
 
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation (B, L, C) of the latents, normal given the images.
+
+        `encode` with an rng adds noise of `Draw.LATENT`. Raises ValueError where tokens are ids, or another size.
+        """
+        raise ValueError(f"{type(self).__name__} has no posterior over latents: its tokens have no moments")
+
     @abstractmethod
     def decode(self, tokens: Tensor, rng: Rng | None = None) -> Tensor:
         """Ids (B, L) or vectors (B, L, C) -> images (B, 3, H, W) in [-1, 1]."""
@@ -319,7 +326,7 @@ class Objective(nn.Module, ABC):
         """
         raise ValueError(
             f"{codes.source} was coded by `varkit tokenize`, but this objective reads images; give the images in "
-            f"data.train and data.validation. Token files are for generators: next-token, next-scale"
+            f"data.train and data.validation. Token files are for generators: next-token, next-scale, next-entity"
         )
 
     def check_texts(self, name: str, texts: Sequence[str] | None) -> None:

@@ -159,15 +159,16 @@ class RecordedRng(Rng):
 
     Args:
         uniform: {kind: (B, L)} or {kind: (B, L, count)} float32.
-        gumbel: {kind: (B, L, count)} float32.
+        gumbel, normal: {kind: (B, L, count)} float32.
     """
 
     def __init__(
         self,
         uniform: dict[int, Tensor] | None = None,
         gumbel: dict[int, Tensor] | None = None,
+        normal: dict[int, Tensor] | None = None,
     ) -> None:
-        self.tables = {"uniform": uniform or {}, "gumbel": gumbel or {}}
+        self.tables = {"uniform": uniform or {}, "gumbel": gumbel or {}, "normal": normal or {}}
         rows = {t.shape[0] for tables in self.tables.values() for t in tables.values()}
         if len(rows) != 1:
             raise ValueError(f"recorded tables must share one batch size; got {sorted(rows)}")
@@ -196,3 +197,6 @@ class RecordedRng(Rng):
 
     def gumbel(self, positions: Tensor, kind: int = Draw.GUMBEL, step: int = 0, count: int = 1) -> Tensor:
         return self._read("gumbel", positions, kind)
+
+    def normal(self, positions: Tensor, kind: int, step: int = 0, count: int | None = None) -> Tensor:
+        return self._read("normal", positions, kind)

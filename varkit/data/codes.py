@@ -1,11 +1,12 @@
 """Token files: images coded once, read many times.
 
     codes/layout.json        what the tokens are, which tokenizer made them, of which images, in which views
-    codes/00000.safetensors  `tokens` (n, V, L), (n, V, L, G) or (n, V, L, C); `labels`, `index` (n,)
+    codes/00000.safetensors  `tokens` (n, V, L), (n, V, L, G) or (n, V, L, C); `labels`, `index` (n,); of latents `sums`
     codes/00000.texts.json   the n texts, where the images have any
 
-A view is one crop or mirror image; training draws one of the V anew each time. Shapes: N images in the set, n in a
-shard, V views, L tokens, G factors of a code, C channels of a latent.
+A view is one crop or mirror image; training draws one of the V anew each time. Latents are stored as they were drawn,
+or by their moments: mean and standard deviation side by side, (n, V, L, 2 C), from which a latent is drawn each time.
+Shapes: N images in the set, n in a shard, V views, L tokens, G factors of a code, C channels of a latent.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from varkit.data.latents import LatentStatistics
 from varkit.data.shards import ShardInfo, has_layout, require_whole, shard_file, write_whole
 from varkit.layout import TokenLayout
 from varkit.rng import Draw, Rng
@@ -34,7 +36,7 @@ class CodeInfo(ShardInfo):
 
     tokenizer: its name, as it was opened.   fingerprint: of its configuration and weights.
     source, split: the images, as `open_images` took them; `count` of them.
-    views: V, and how they were made, for people.   dtype: of the stored tokens.
+    views: V, and how they were made, for people.   dtype: of the stored tokens.   moments: see the module.
     """
 
     kind: ClassVar[str] = "token files"
@@ -49,6 +51,7 @@ class CodeInfo(ShardInfo):
     views: list[str]
     dtype: str
     texts: bool = False
+    moments: bool = False
 
     @property
     def token_layout(self) -> TokenLayout:
@@ -64,12 +67,22 @@ def texts_file(folder: Path, shard: int) -> Path:
 
 
 def write_shard(
-    folder: Path, shard: int, tokens: Tensor, labels: Tensor, index: Tensor, texts: list[str] | None = None
+    folder: Path,
+    shard: int,
+    tokens: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    texts: list[str] | None = None,
+    sums: Tensor | None = None,
 ) -> None:
-    """Atomically; the texts first, so that a shard that is there is whole."""
+    """Atomically; the texts first, so that a shard that is there is whole.
+
+    Args: sums: of latents, see `latent_sums`.
+    """
     if texts is not None:
         write_whole(texts_file(folder, shard), lambda part: part.write_text(json.dumps(texts, ensure_ascii=False)))
     tensors = {"tokens": tokens.contiguous(), "labels": labels, "index": index}
+    tensors |= {} if sums is None else {"sums": sums}
     write_whole(shard_file(folder, shard), lambda part: save_file(tensors, part))
 
 
@@ -101,8 +114,10 @@ class CodeSet(Dataset[dict[str, Any]]):
 
     Args:
         folder: as `varkit tokenize` writes it.
-        random_view: False always gives the first view.   seed: of the choice of views.
-    Attributes: info, layout, classes, name, source; labels int64 (N,); texts, N strings or None.
+        random_view: False always gives the first view.   seed: of the choice of views, and of latents drawn from
+            moments: the key gives the numbers that `Tokenizer.encode` would use of `Rng.for_keys(seed, keys)`.
+    Attributes: info, layout, classes, name, source; labels int64 (N,); texts, N strings or None; statistics of latents
+        (`LatentStatistics`), None for ids.
     Raises: ValueError when shards are missing, with how many; FileNotFoundError.
     """
 
@@ -114,16 +129,20 @@ class CodeSet(Dataset[dict[str, Any]]):
         self.layout, self.classes = self.info.token_layout, list(self.info.classes)
         self.name, self.source = self.folder.name, str(self.folder)
         self._shards: list[Tensor] | None = None
-        labels, index, texts = [], [], []
+        labels, index, texts, sums = [], [], [], []
         for k in range(self.info.shards):
             with safe_open(shard_file(self.folder, k), "pt") as file:
                 labels.append(file.get_tensor("labels"))
                 index.append(file.get_tensor("index"))
+                if "sums" in file.keys():  # noqa: SIM118 - it is no mapping
+                    sums.append(file.get_tensor("sums"))
             if self.info.texts:
                 texts += json.loads(texts_file(self.folder, k).read_text())
         self.labels, self.index = torch.cat(labels), torch.cat(index)  # N: class, and number in the image set
         self.ends = torch.tensor([len(part) for part in labels]).cumsum(0)
         self.texts = texts if self.info.texts else None
+        count = len(self.labels) * len(self.info.views) * self.layout.length
+        self.statistics = LatentStatistics.of(torch.stack(sums).sum(0), count) if sums and count else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shards": None}  # a worker maps the files itself
@@ -142,7 +161,7 @@ class CodeSet(Dataset[dict[str, Any]]):
         return self._shards
 
     def tokens(self, entry: int, view: int) -> Tensor:
-        """One view of one image, as stored: (L,), (L, G) or (L, C)."""
+        """One view of one image, as stored: (L,), (L, G), (L, C), or (L, 2 C) of moments."""
         shard = int(torch.searchsorted(self.ends, entry, right=True))
         first = int(self.ends[shard - 1]) if shard else 0
         return self.shards[shard][entry - first, view]
@@ -165,6 +184,11 @@ class CodeSet(Dataset[dict[str, Any]]):
             views = (u * len(self.info.views)).long().clamp_max(len(self.info.views) - 1)
         rows = [self.tokens(i, v) for (i, _), v in zip(pairs, views.tolist(), strict=True)]
         stacked = torch.stack(rows)
+        if self.info.moments:
+            mean, std = stacked.float().chunk(2, -1)
+            every = torch.arange(self.layout.length)
+            noise = Rng.for_keys(self.seed, keys).normal(every, Draw.LATENT, count=self.layout.dim)
+            stacked = mean + std * noise
         index = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
         batch: dict[str, Any] = {
             "tokens": stacked.float() if stacked.is_floating_point() else stacked.to(torch.int64),

@@ -25,6 +25,9 @@ PIPELINES = {
     "TextToImagePipeline": "varkit.pipelines.text_to_image",
 }
 
+OF_DIFFUSERS = {"AutoencoderKL": "KLVAE"}
+"""Classes of diffusers that a folder may hold -> ours that open it."""
+
 SAMPLERS = {
     "NextGroupSampler": "varkit.samplers.next_group",
     "MaskedSampler": "varkit.samplers.masked",
@@ -110,12 +113,15 @@ def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
     return build_official(state, str(path), **{n: generator.config[n] for n in names})
 
 
-def open_tokenizer(name: str, **overrides: Any) -> Any:
+def open_tokenizer(name: str, *, image_size: int | None = None, **overrides: Any) -> Any:
     """The tokenizer of a shipped model or pipeline, a tokenizer's folder, a released checkpoint or its file, or of a
-    hub repository (`user/name`) that holds a pipeline or a tokenizer.
+    hub repository (`user/name`) that holds a pipeline or a tokenizer. An `AutoencoderKL` of diffusers is one too, also
+    in the folder `vae` of its pipeline (on the hub `user/name/vae`).
 
-    Args: overrides: constructor arguments to use instead of the saved ones; the weights must fit.
-    Raises: ValueError when `name` is none of them.
+    Args:
+        image_size: side of the images that it is to code, where it can code several.
+        overrides: constructor arguments to use instead of the saved ones; the weights must fit.
+    Raises: ValueError when `name` is none of them, or codes images of another size alone.
     """
     found = _open_part(name, "image_tokenizer", Tokenizer, overrides)
     if found is None:
@@ -123,7 +129,13 @@ def open_tokenizer(name: str, **overrides: Any) -> Any:
             f"no tokenizer at {name!r}: give a shipped model, a folder with config.json (such as the model/ folder of "
             f"a tokenizer run), a released checkpoint such as multiscale_vq_f16.openimages, or its file"
         )
-    return found[0]
+    tokenizer: Any = found[0]
+    if image_size is not None and tokenizer.image_size != (image_size, image_size):
+        if not hasattr(tokenizer, "set_image_size"):
+            height, width = tokenizer.image_size
+            raise ValueError(f"{name} codes images of {height}x{width} alone, not of {image_size}x{image_size}")
+        tokenizer.set_image_size(image_size)
+    return tokenizer
 
 
 def open_transformer(name: str, kind: type[Any], **overrides: Any) -> tuple[Any, dict[int, str]]:
@@ -152,16 +164,22 @@ def _open_part(name: str, part: str, kind: type[Any], overrides: dict[str, Any])
     """One part of a model of any form, and its class names; None when nothing is at `name`."""
     if name in registry.list_checkpoints():
         name = _download(registry.checkpoint(name))
+    elif name.endswith("/vae") and is_hub_id(name.removesuffix("/vae")):
+        name = str(download(name.removesuffix("/vae"), folder="vae") / "vae")
     elif is_hub_id(name) and not name.endswith((".pth", ".bin", ".safetensors")):
         name = str(download(name))
     folder, labels = find_folder(name), dict[int, str]()
     if folder is not None:
         names = json.loads((folder / "model_index.json").read_text()).get("id2label") or {}
-        labels, folder = {int(k): v for k, v in names.items()}, folder / part
+        labels, folder = {int(k): v for k, v in names.items()}, _part_of(folder, part)
     elif (Path(name) / "config.json").is_file():
         folder = Path(name)
     if folder is not None:
-        saved = registry.model_class(json.loads((folder / "config.json").read_text()).get("_class_name", ""))
+        written = json.loads((folder / "config.json").read_text()).get("_class_name", "")
+        try:
+            saved = registry.model_class(OF_DIFFUSERS.get(written, written))
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from None
         if not issubclass(saved, kind):
             raise ValueError(f"{folder} holds a {saved.__name__}, not a {kind.__name__}")
         return saved.from_pretrained(folder, **overrides), labels
@@ -173,6 +191,15 @@ def _open_part(name: str, part: str, kind: type[Any], overrides: dict[str, Any])
     if not isinstance(model, kind):
         raise ValueError(f"{name} holds a {type(model).__name__}, not a {kind.__name__}")
     return (load_official(name, **overrides) if overrides else model), labels
+
+
+def _part_of(pipeline: Path, part: str) -> Path:
+    """The folder of a pipeline's part; the VAE of a pipeline of diffusers is its tokenizer. Raises ValueError."""
+    for name in (part, "vae") if part == "image_tokenizer" else (part,):
+        if (pipeline / name / "config.json").is_file():
+            return pipeline / name
+    kind = json.loads((pipeline / "model_index.json").read_text()).get("_class_name")
+    raise ValueError(f"{pipeline} holds a {kind}, which has no {part}")
 
 
 def create_pipeline(name: str, **overrides: Any) -> Any:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ from varkit.data.codes import (
     write_shard,
 )
 from varkit.data.images import ImageDataset, collate, open_images
+from varkit.data.latents import latent_sums
 from varkit.data.transforms import ImageTransform, Mode
+from varkit.interfaces import Tokenizer
 from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint
 from varkit.rng import Rng
@@ -119,6 +122,7 @@ def extract_codes(
     shard_size: int = 2048,
     workers: int = 0,
     seed: int = 0,
+    moments: bool = False,
     process_index: int = 0,
     num_processes: int = 1,
     announce: Callable[[str], None] | None = None,
@@ -134,13 +138,19 @@ def extract_codes(
         views: of each image; one centre crop unless given.
         batch_size: images encoded at once (V views each).   shard_size: images a file, lost together at a stop.
         workers: processes that read images.   seed: of tokenizers that draw (posterior samples, stochastic bits).
-    Raises: ValueError before any work on a folder with other tokens, or bad sizes.
+        moments: of a tokenizer with a posterior, store its mean and standard deviation instead of one draw.
+    Raises: ValueError before any work on a folder with other tokens, bad sizes, or moments of ids; and on latents that
+        float16 cannot hold.
     """
     if min(batch_size, shard_size) < 1:
         raise ValueError(f"batch_size and shard_size must be at least 1; got {batch_size} and {shard_size}")
     views = Views() if views is None else views
     if isinstance(tokenizer, str):
         name, tokenizer = name or tokenizer, open_tokenizer(tokenizer).eval()
+    if moments and tokenizer.layout.codebook_size is not None:
+        raise ValueError(f"moments are those of latents; {type(tokenizer).__name__} has {tokenizer.layout.describe()}")
+    if moments and type(tokenizer).moments is Tokenizer.moments:
+        raise ValueError(f"{type(tokenizer).__name__} has no posterior over its tokens; code it without moments")
     dataset = open_images(source, split=split, root=root)
     storage = storage_dtype(tokenizer.layout)
     info = CodeInfo(
@@ -155,7 +165,9 @@ def extract_codes(
         views=views.names,
         dtype=str(storage).removeprefix("torch."),
         texts=dataset.texts is not None,
+        moments=moments,
     )
+    encode = partial(_latents, tokenizer, moments, seed)
     info.begin(out)  # processes that start together write the same
     mine = range(process_index, info.shards, num_processes)
     wanted = [k for k in mine if not shard_is_whole(out, info, k)]
@@ -166,25 +178,41 @@ def extract_codes(
     total = sum(len(info.entries(k)) for k in wanted)
     with tqdm(total=total, unit="image", disable=not progress, file=sys.stderr) as bar:
         for shard in wanted:
-            parts = list(_shard(tokenizer, dataset, list(info.entries(shard)), views, batch_size, workers, seed, bar))
+            parts = list(_shard(tokenizer, encode, dataset, list(info.entries(shard)), views, batch_size, workers, bar))
             index = torch.cat([i for i, _ in parts])
             tokens = torch.cat([t for _, t in parts]).to(storage)
             texts = None if dataset.texts is None else [dataset.texts[i] for i in index.tolist()]
-            write_shard(out, shard, tokens, dataset.labels[index], index, texts)
+            write_shard(out, shard, tokens, dataset.labels[index], index, texts, _sums(tokens, moments))
             made += len(index)
             skipped += len(info.entries(shard)) - len(index)
     return Extracted(out, len(dataset), made, there, skipped)
 
 
+def _latents(tokenizer: Any, moments: bool, seed: int, images: Tensor, keys: Tensor) -> Tensor:
+    """Tokens of images, or their moments side by side. Args: keys: (B,), of each image's random numbers."""
+    if moments:
+        return torch.cat(tokenizer.moments(images), -1)
+    return tokenizer.encode(images, Rng.for_keys(seed, keys).to(images.device))
+
+
+def _sums(tokens: Tensor, moments: bool) -> Tensor | None:
+    """Of latents as they are stored; None of ids. Raises ValueError when their type is too small for them."""
+    if not tokens.is_floating_point():
+        return None
+    if not tokens.isfinite().all():
+        raise ValueError("latents are too large for float16, in which they are stored: use a smaller scaling_factor")
+    return latent_sums(*tokens.chunk(2, -1)) if moments else latent_sums(tokens)
+
+
 @torch.no_grad()
 def _shard(
     tokenizer: Any,
+    encode: Callable[[Tensor, Tensor], Tensor],
     dataset: ImageDataset,
     indices: list[int],
     views: Views,
     batch_size: int,
     workers: int,
-    seed: int,
     bar: Any,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The images of a shard in batches: their numbers (b,) and tokens (b, V, ...), without those that do not decode."""
@@ -199,8 +227,7 @@ def _shard(
         first = batches[0]["index"]
         cut = torch.cat([views.cut(batch["images"], size) for batch in batches], 1)  # b V 3 H W
         keys = first[:, None] * cut.shape[1] + torch.arange(cut.shape[1])  # each view has random numbers of its own
-        rng = Rng.for_keys(seed, keys.flatten())
-        tokens = tokenizer.encode(cut.flatten(0, 1).to(device), rng.to(device))
+        tokens = encode(cut.flatten(0, 1).to(device), keys.flatten())
         real = first == batches[0]["keys"]  # in place of a damaged image the next one is given
         bar.update(len(first))
         yield first[real], tokens.unflatten(0, cut.shape[:2])[real.to(device)].cpu()

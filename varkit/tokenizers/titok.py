@@ -408,6 +408,12 @@ class TiTok(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         posterior = self.posterior(images)
         return posterior.mean if rng is None else posterior.sample(self.noise(rng))
 
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.layout.codebook_size is not None:
+            return super().moments(images)
+        posterior = self.posterior(images)
+        return posterior.mean, (posterior.logvar / 2).exp()
+
     def noise(self, rng: Rng) -> Tensor:
         """(B, N, C) standard normal."""
         device = self.latent_tokens.device

@@ -229,11 +229,11 @@ def member_points(name: str, recipe: Recipe, parameters: int, flops: int) -> lis
 def _remember(trainer: Trainer, recipe: Recipe, memory: dict[str, CodeMemory]) -> None:
     """Let members that read the same images through the same tokenizer share the codes."""
     held = getattr(trainer.objective, "memory", None)
-    if held is None:
+    network: Any = trainer.objective.trained("main")
+    if held is None or network.layout.codebook_size is None:  # latents are drawn anew
         return
     data = recipe_values(recipe)["data"]
     key = json.dumps([recipe.objective.tokenizer, data], sort_keys=True)
-    network: Any = trainer.objective.trained("main")
     sets = {False: trainer.validation}
     if recipe.data.mode != "crop" and not recipe.data.flip:  # in training an image must always look the same
         sets[True] = trainer.dataset

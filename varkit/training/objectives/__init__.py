@@ -17,6 +17,7 @@ OBJECTIVES = {
     "flextok": "varkit.training.objectives.flextok",
     "next-scale": "varkit.training.objectives.next_scale",
     "next-token": "varkit.training.objectives.next_token",
+    "next-entity": "varkit.training.objectives.next_entity",
     "sub-codes": "varkit.training.objectives.sub_codes",
     "classifier": "varkit.training.objectives.classifier",
 }

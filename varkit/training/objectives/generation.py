@@ -1,4 +1,4 @@
-"""What training a discrete generator on a frozen tokenizer has in common, whatever the order of its tokens."""
+"""What training a generator on a frozen tokenizer has in common, whatever its tokens and their order."""
 
 from __future__ import annotations
 
@@ -42,6 +42,15 @@ class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
         self.check_finetuning()
 
 
+def registered(config: Any) -> Any:
+    """The generator that `config.model` names, without weights. Raises ConfigError when it names none."""
+    entry = registry.model_entry(config.model)
+    if entry.kind != "generator":
+        raise ConfigError(f"objective.model: {config.model} is a {entry.kind}; {config.name} trains a generator")
+    with torch.device("meta"):
+        return entry.build()
+
+
 class GeneratorTraining(Objective):
     """Owns the generator; the tokenizer is frozen, and its codes are made anew for each batch, or read from
     files."""
@@ -54,7 +63,7 @@ class GeneratorTraining(Objective):
     def __init__(self, config: Any, classes: list[str]) -> None:
         super().__init__()
         self.config, self.classes = config, classes
-        tokenizer = open_tokenizer(config.tokenizer)
+        tokenizer = self.open_tokenizer()
         self.freeze("tokenizer", tokenizer)
         self.image_size = tokenizer.image_size
         self.model: Any = self._build(tokenizer)
@@ -71,6 +80,10 @@ class GeneratorTraining(Objective):
         self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
         self._pipeline()  # settings that the sampler does not know are refused now, not at the end
         self.variants = self._variants(tokenizer) if config.any_variant else None
+
+    def open_tokenizer(self) -> Any:
+        """The frozen tokenizer."""
+        return open_tokenizer(self.config.tokenizer)
 
     def _variants(self, tokenizer: Tokenizer) -> Variants:
         dim = None
@@ -149,8 +162,8 @@ class GeneratorTraining(Objective):
             return self.condition.encode(class_labels=batch["labels"].clamp_min(0))
         return self.captions.encode(batch["texts"], self.model, batch["labels"].device)
 
-    def tokens(self, batch: dict[str, Tensor]) -> Tensor:
-        """The codes of a batch of images or of token files, (B, L)."""
+    def tokens(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
+        """The codes of a batch of images or of token files, (B, L). Args: rng: of tokenizers that draw."""
         if "tokens" in batch:
             return batch["tokens"]
         tokenizer = self.frozen("tokenizer")
@@ -159,7 +172,7 @@ class GeneratorTraining(Objective):
 
     def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
         with torch.no_grad():
-            tokens = self.tokens(batch)
+            tokens = self.tokens(batch, rng)
             inputs = self.frozen("tokenizer").embed(tokens)
         return cast(Generator, self.model).training_loss(tokens, inputs, self.cond(batch), rng, **options)
 

@@ -19,6 +19,7 @@ from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.interfaces import Losses, Objective
 from varkit.metrics.lpips import SMALLEST_SIDE, find_lpips
+from varkit.pipelines.auto import open_tokenizer
 from varkit.rng import Rng
 from varkit.tokenizers.kl_vae import KLVAE
 from varkit.training.losses import (
@@ -39,7 +40,7 @@ class Config:
     name: Literal["kl-vae"] = "kl-vae"
     model: str = "kl_vae_f8"  # a registered tokenizer with continuous latents
     model_overrides: dict[str, Any] = field(default_factory=dict)  # constructor arguments to change
-    init_from: str | None = None  # a folder or hub repository, of varkit or of diffusers' AutoencoderKL
+    init_from: str | None = None  # a folder, hub repository or released file, of varkit or of diffusers' AutoencoderKL
     l1_weight: float = 1.0
     l2_weight: float = 0.0
     kl_weight: float = 1e-6  # of the mean divergence of a latent number from a standard normal, in nats
@@ -89,11 +90,14 @@ class Training(Objective):
         self.max_steps = 1
 
     def _build(self) -> KLVAE:
-        if self.config.init_from is not None:
-            return KLVAE.from_pretrained(self.config.init_from).train().requires_grad_(True)
-        model = registry.create_model(self.config.model, **self.config.model_overrides)
+        start = self.config.init_from
+        if start is not None:
+            model = open_tokenizer(start).train().requires_grad_(True)
+        else:
+            model = registry.create_model(self.config.model, **self.config.model_overrides)
         if not isinstance(model, KLVAE):
-            raise ConfigError(f"objective.model must be a KL autoencoder; {self.config.model} is no such model")
+            name = f"model must be a KL autoencoder; {self.config.model}" if start is None else f"init_from: {start}"
+            raise ConfigError(f"objective.{name} is no KL autoencoder but a {type(model).__name__}")
         return model
 
     def phases(self, step: int) -> list[str]:
@@ -173,5 +177,6 @@ class Training(Objective):
 
     def export(self, folder: Path) -> None:
         if self.variance > 0:
-            self.tokenizer.register_to_config(scaling_factor=float(self.variance.rsqrt()))
+            scale = float(self.variance.rsqrt())
+            self.tokenizer.register_to_config(scaling_factor=scale, latents_mean=None, latents_std=None)
         self.tokenizer.save_pretrained(folder)

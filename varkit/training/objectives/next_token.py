@@ -10,13 +10,10 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any, Literal
 
-import torch
-
-from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.generators.rar import random_ratio
 from varkit.training.captions import Captions
-from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining
+from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
 
 ORDERS = (0.5, 0.75)
 """RAR's shares of the run."""
@@ -53,11 +50,7 @@ class Training(GeneratorTraining):
     config: Config
 
     def __init__(self, config: Config, classes: list[str]) -> None:
-        entry = registry.model_entry(config.model)
-        if entry.kind != "generator":
-            raise ConfigError(f"objective.model: {config.model} is a {entry.kind}; next-token trains a generator")
-        with torch.device("meta"):
-            model = entry.build()
+        model = registered(config)
         self.kind = type(model)
         self._open_captions(config, model.condition)
         if config.random_orders is not None and "random_ratio" not in model.training_options:
@@ -93,7 +86,7 @@ class Training(GeneratorTraining):
         if not isinstance(layout.codebook_size, int):
             raise ConfigError(
                 f"objective.tokenizer: {self.config.tokenizer} has {layout.describe()}; next-token trains generators "
-                f"of single ids"
+                f"of single ids, sub-codes those of factorised ids, next-entity those of latents"
             )
         taken = signature(self.kind.__init__).parameters
         if "scales" in taken or len(layout.grids) > 1:

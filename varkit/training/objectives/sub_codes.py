@@ -12,13 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
 from varkit.interfaces import Losses
 from varkit.rng import Rng
 from varkit.tokenizers.binary_autoencoder import BinaryAutoencoder
-from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining
+from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
 
 
 @config
@@ -42,11 +41,7 @@ class Training(GeneratorTraining):
     config: Config
 
     def __init__(self, config: Config, classes: list[str]) -> None:
-        entry = registry.model_entry(config.model)
-        if entry.kind != "generator":
-            raise ConfigError(f"objective.model: {config.model} is a {entry.kind}; sub-codes trains a generator")
-        with torch.device("meta"):
-            model = entry.build()
+        model = registered(config)
         self.kind = type(model)
         if not isinstance(model.layout.codebook_size, tuple):
             raise ConfigError(

@@ -1,0 +1,98 @@
+"""Training generators of latents on a frozen autoencoder: whatever a step predicts, a token, a set, a cell or a scale.
+
+As in the releases of MAR, FlowAR and xAR, latents are drawn from the autoencoder's posterior whenever an image is seen,
+and the autoencoder computes in float32 whatever the precision of the run.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from varkit.config import ConfigError, config
+from varkit.data.codes import CodeInfo
+from varkit.interfaces import Losses
+from varkit.pipelines.auto import open_tokenizer
+from varkit.rng import Rng
+from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
+
+
+@config
+class Config(GeneratorConfig):
+    """A generator and how it learns; `GeneratorConfig` has what all generators share."""
+
+    name: Literal["next-entity"] = "next-entity"
+    model: str  # a registered generator of latents; a new one gets its sizes from the tokenizer
+    image_size: int | None = None  # side of the images, where the tokenizer can code several; None: its own
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.any_variant:
+            names = ("input_masking", "alignment", "self_generated", "mixed_prediction")
+            given = next(n for n in names if getattr(self, n) is not None)
+            raise ConfigError(f"objective.{given} changes how ids are predicted; next-entity trains on latents")
+
+
+class Training(GeneratorTraining):
+    """Owns the generator; see `GeneratorTraining`."""
+
+    config: Config
+
+    def __init__(self, config: Config, classes: list[str]) -> None:
+        model = registered(config)
+        self.kind = type(model)
+        if model.layout.codebook_size is not None:
+            raise ConfigError(
+                f"objective.model: {config.model} ({model.layout.describe()}) predicts ids; next-entity trains "
+                f"generators of latents, next-token, next-scale and sub-codes train the others"
+            )
+        if model.condition != "class":
+            raise ConfigError(
+                f"objective.model: {config.model} is conditioned on {model.condition}; next-entity trains generators "
+                f"that are conditioned on classes"
+            )
+        if config.gradient_checkpointing and not self.kind._supports_gradient_checkpointing:
+            raise ConfigError(f"objective.gradient_checkpointing: {self.kind.__name__} has none")
+        super().__init__(config, classes)
+
+    def open_tokenizer(self) -> Any:
+        return open_tokenizer(self.config.tokenizer, image_size=self.config.image_size)
+
+    def sizes(self, tokenizer: Any) -> dict[str, Any]:
+        """Those of the tokenizer's sizes that the generator's constructor takes."""
+        layout = tokenizer.layout
+        if layout.codebook_size is not None:
+            raise ConfigError(
+                f"objective.tokenizer: {self.config.tokenizer} has {layout.describe()}; next-entity trains on latents, "
+                f"such as those of kl16.in1k or of an AutoencoderKL of diffusers"
+            )
+        known = {
+            "grid": list(layout.grids[-1]),
+            "scales": [list(grid) for grid in layout.grids],
+            "num_tokens": layout.length,
+            "latent_dim": layout.dim,
+        }
+        taken = signature(self.kind.__init__).parameters
+        return {name: value for name, value in known.items() if name in taken}
+
+    def check_codes(self, codes: CodeInfo) -> None:
+        super().check_codes(codes)
+        if not codes.moments:
+            self.notes.append(
+                f"{codes.source}: each latent was drawn once, when it was coded; `varkit tokenize --moments` makes "
+                f"token files from which it is drawn anew each time"
+            )
+
+    def tokens(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
+        """Latents (B, L, C) float32, drawn from the posterior; or those of token files."""
+        if "tokens" in batch:
+            return batch["tokens"]
+        images = batch["images"].float()
+        with torch.autocast(images.device.type, enabled=False):
+            return self.frozen("tokenizer").encode(images, rng).float()
+
+    def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
+        return {name: value.float() for name, value in super()._losses(batch, rng, **options).items()}

@@ -7,6 +7,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # On Linux without a GPU, TORCH_INDEX=https://download.pytorch.org/whl/cpu installs a torch of a tenth of the size.
 TORCH_INDEX ?=
+# Tests: one process a core, each with so many threads.
+THREADS ?= 1
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -c constraints.txt
 
 .PHONY: demo web test lint format test-slow test-browser test-gpu clean
@@ -22,7 +24,7 @@ test: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

@@ -445,6 +445,13 @@ def test_the_average_of_a_training_file_is_taken(tmp_path: Path) -> None:
     assert readme_sampling(again)["num_steps"] == 16
 
 
+def test_what_no_key_tells_is_said(tmp_path: Path) -> None:
+    model = small(2, encoder_heads=1, decoder_heads=1)
+    torch.save(to_official(model), tmp_path / "mar.pth")
+    again: Any = load_official(tmp_path / "mar.pth", patch_size=2, latent_dim=4, grid=(8, 8))
+    assert again.layout == model.layout and torch.equal(again.positions, model.positions)
+
+
 def test_the_released_sizes_are_sampled_as_their_readme_says() -> None:
     for size, scale in (("b", 2.9), ("l", 3.0), ("h", 3.2)):
         with torch.device("meta"):

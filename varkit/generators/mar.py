@@ -352,7 +352,8 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         z = self(tokens, visible, state.labels)
         wanted = self._tokens_of(positions).expand(len(state.tokens), -1).repeat(len(z) // len(state.tokens), 1)
         z = z.gather(1, wanted[..., None].expand(-1, -1, z.shape[2]))
-        return self.diffloss.diffusion(*z.split(len(state.tokens)), places=self.places)
+        cond, *null = z.split(len(state.tokens))
+        return self.diffloss.diffusion(cond, null[0] if null else None, self.places)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Record latents (B, n, C) at `positions` (n,) or (B, n), whole tokens as `groups` gives them."""
@@ -460,7 +461,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str, dict[str, Any]]] = {
     "mar_fashion": (
         _FASHION,
         "kl_vae_fashion",
-        "Fashion-MNIST at 32x32, 3.2 M parameters",
+        "Fashion-MNIST at 32x32, 3.3 M parameters",
         {**_TINY, "patch_size": 2},
     ),
 }

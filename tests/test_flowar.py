@@ -246,10 +246,16 @@ def test_a_scale_does_not_see_finer_ones_in_training() -> None:
 
 
 def test_labels_are_dropped_in_training_alone() -> None:
-    model = small(cond_drop_rate=0.5)
-    labels, rng = torch.zeros(200, dtype=torch.int64), Rng.from_seed(0, 200)
-    assert torch.equal(model.drop_labels(labels, rng), labels)
-    assert 70 < int((model.train().drop_labels(labels, rng) == 3).sum()) < 130
+    model = small(cond_drop_rate=1.0)
+    tokens = latents(model, 2)
+    given: Any = (tokens, tokenizer_of().embed(tokens))
+
+    def loss(label: int) -> float:
+        return float(model.training_loss(*given, Cond(torch.full((2,), label)), Rng.from_seed(0, 2))["loss"])
+
+    assert loss(0) != loss(3)
+    model.train()
+    assert loss(0) == loss(1) == loss(3)
 
 
 def test_checkpointing_gives_the_same_gradients() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from varkit import AutoPipeline, Rng
 from varkit.checkpoints import xar as keys
+from varkit.conditioning.label import drop_labels
 from varkit.generators.xar import XAR, XARState, entities, halves
 from varkit.heads.flow import add_noise
 from varkit.interfaces import Cond
@@ -263,12 +264,23 @@ def test_the_clean_context_is_what_sampling_reads() -> None:
     torch.testing.assert_close(b["velocity"], clean(noised, t, torch.tensor([0, 1]), clean=tokens))
 
 
-def test_labels_are_dropped_in_training_alone_and_weights_weigh() -> None:
-    model = small(entity="cell", entity_size=4, cond_drop_rate=0.5)
+def test_labels_are_dropped_in_training_alone() -> None:
     labels, rng = torch.zeros(200, dtype=torch.int64), Rng.from_seed(0, 200)
-    assert torch.equal(model.drop_labels(labels, rng), labels)
-    assert 70 < int((model.train().drop_labels(labels, rng) == 3).sum()) < 130
-    model.eval()
+    assert 70 < int((drop_labels(labels, rng, 0.5, 3) == 3).sum()) < 130
+    assert torch.equal(drop_labels(labels, rng, 0.0, 3), labels)
+    model = small(entity="cell", entity_size=4, cond_drop_rate=1.0)
+    tokens = latents(model, 2)
+
+    def loss(label: int) -> float:
+        return float(model.training_loss(tokens, tokens, Cond(torch.full((2,), label)), Rng.from_seed(0, 2))["loss"])
+
+    assert loss(0) != loss(3)
+    model.train()
+    assert loss(0) == loss(1) == loss(3)
+
+
+def test_weights_weigh_and_a_blocks_output_comes_back() -> None:
+    model = small(entity="cell", entity_size=4)
     tokens, cond = latents(model, 1), Cond(torch.tensor([0]))  # a batch of one
     given: Any = (tokens, torch.zeros_like(tokens), cond, Rng.from_seed(0, 1))
     even = torch.full((1, model.layout.length), 1 / model.layout.length)

@@ -12,9 +12,11 @@ from tests.parity.weights import Case
 from varkit.checkpoints import flowar as flowar_keys
 from varkit.checkpoints import xar as xar_keys
 from varkit.checkpoints.files import load_strictly
-from varkit.generators.flowar import FlowAR, FlowHead
+from varkit.conditioning.label import drop_labels
+from varkit.generators.flowar import FlowAR
 from varkit.generators.xar import XAR, entities
 from varkit.heads.flow import Flow, add_noise, flow_loss
+from varkit.heads.flow_transformer import FlowHead
 from varkit.interfaces import Cond
 from varkit.layers.llama import Rotary
 from varkit.layers.modulated import TimeEmbedding, block_mask, places
@@ -54,9 +56,11 @@ def null(case: Case, like: Tensor) -> Cond:
 
 def dropped(model: Any, case: Case) -> Tensor:
     """The labels of a training step, some of them dropped by the recorded numbers."""
-    model.train(case.settings["mode"] == "train")
+    if case.settings["mode"] != "train":
+        raise ValueError(f"labels are dropped in training alone; got mode {case.settings['mode']!r}")
     drawn = RecordedRng(uniform={Draw.COND_DROP: case.inputs["drop_uniform"][:, None]})
-    return model.drop_labels(case.inputs["labels"], drawn)
+    rate = model.train().config.cond_drop_rate
+    return drop_labels(case.inputs["labels"], drawn, rate, case.settings["unconditional_label"])
 
 
 def norms(model: Any, case: Case, keys: Any) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varkit.interfaces import Cond, Condition
+from varkit.rng import Draw, Rng
 
 
 class LabelCondition(Condition):
@@ -35,3 +36,11 @@ class LabelCondition(Condition):
 
     def null(self, like: Cond) -> Cond:
         return Cond(torch.full_like(like.labels, self.num_classes))
+
+
+def drop_labels(labels: Tensor, rng: Rng, rate: float, null: int) -> Tensor:
+    """(B,) ids, some of them replaced by the null class: each with probability `rate`."""
+    if rate == 0:
+        return labels
+    u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
+    return labels.masked_fill(u.to(labels.device) < rate, null)

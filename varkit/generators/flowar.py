@@ -7,8 +7,7 @@ tokens of that scale is the velocity of a flow, conditioned position by position
 Source: FlowAR: models/flowar.py, models/flowmodel.py (21835c0, kept in the fork wangqiang9/FlowAR). What differs: any
 scales, any batch; guidance of 1 is off and costs nothing; the cache is passed in; labels are dropped in training only.
 
-Shapes: B batch, R rows (2 B with guidance), L tokens, S scales, n tokens of one scale, D width, W width of the head,
-C latent channels.
+Shapes: B batch, R rows (2 B with guidance), L tokens, S scales, n tokens of one scale, D width, C latent channels.
 """
 
 from __future__ import annotations
@@ -17,139 +16,22 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.label import drop_labels
 from varkit.heads.flow import Flow, add_noise, draw_sigma
+from varkit.heads.flow_transformer import FlowHead
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State, Tokenizer
 from varkit.layers.cache import KVCache
-from varkit.layers.llama import RMSNorm, Rotary
-from varkit.layers.modulated import (
-    EPS,
-    Attention,
-    GatedMLP,
-    ModulatedBlock,
-    TimeEmbedding,
-    Trunk,
-    block_mask,
-    heads_of,
-    init_weights,
-    modulate,
-    places,
-)
+from varkit.layers.modulated import Trunk, block_mask, init_weights, places
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.kl_vae import KLVAE
 from varkit.tokenizers.latent_pyramid import SCALES, LatentPyramid
-
-
-class CrossAttention(nn.Module):
-    """Each token of the flow reads the vectors of the whole scale."""
-
-    def __init__(self, dim: int, context: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=False)
-        self.kv = nn.Linear(context, 2 * dim, bias=False)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, context: Tensor, rotary: Rotary, where: Tensor, mask: Tensor | None) -> Tensor:
-        q = rotary(self.q(x).unflatten(-1, (self.num_heads, -1)), where)  # R n H W/H
-        k, v = self.kv(context).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
-        parts = (t.transpose(1, 2) for t in (q, rotary(k, where), v))
-        return self.proj(F.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2))
-
-
-class CrossBlock(nn.Module):
-    """Attention modulated by the time, cross-attention to the vectors, MLP modulated by both ("Attn-CrossAttn-MLP")."""
-
-    def __init__(self, dim: int, context: int, num_heads: int) -> None:
-        super().__init__()
-        self.attn = Attention(dim, num_heads, bias=False, dropout=0.0, attention_dropout=0.0)
-        self.crossattn = CrossAttention(dim, context, num_heads)
-        self.norm2_1, self.norm2_2 = RMSNorm(dim, EPS), RMSNorm(context, EPS)
-        self.mlp = GatedMLP(dim)
-        self.ada_lin_attn, self.ada_lin_mlp = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
-
-    def forward(
-        self,
-        x: Tensor,
-        cond: Tensor,
-        rotary: Rotary,
-        where: Tensor,
-        mask: Tensor | None,
-        time: Tensor,
-        z: Tensor,
-        group: Tensor | None,
-    ) -> Tensor:
-        """cond: (R, n, W), time and vectors.   time: (R, S, W), of token i number group[i].   z: (R, n, D)."""
-        three = self.ada_lin_attn(F.silu(time))
-        gamma, scale, shift = (three if group is None else three[:, group]).chunk(3, -1)
-        x = x + gamma * self.attn(modulate(x, scale, shift), rotary, where, mask)
-        x = x + self.crossattn(self.norm2_1(x), self.norm2_2(z), rotary, where, mask)
-        gamma, scale, shift = self.ada_lin_mlp(F.silu(cond)).chunk(3, -1)
-        return x + gamma * self.mlp(modulate(x, scale, shift))
-
-
-class FinalLayer(nn.Module):
-    def __init__(self, dim: int, channels: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(dim, channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
-
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(cond).chunk(2, -1)
-        return self.linear(modulate(x, scale, shift))
-
-
-class FlowHead(nn.Module):
-    """The velocity of the tokens of one scale, or of several side by side: a transformer with heads of 64 channels.
-
-    Args:
-        channels, context, width: C, D, W.   depth: of the blocks.
-        cross: blocks with cross-attention (the released L and H), else attention and MLP alone (S).
-        places: (L, 2), row and column of each token.
-    Raises: ValueError when the width is no multiple of 64.
-    """
-
-    def __init__(self, channels: int, context: int, width: int, depth: int, cross: bool, places: Tensor) -> None:
-        super().__init__()
-        if width % 64:
-            raise ValueError(f"the flow head has heads of 64 channels: its width must be a multiple of it; got {width}")
-        heads = width // 64
-        self.gradient_checkpointing = False
-        self.rotary = Rotary(places, heads_of(width, heads), prefix=0)
-        self.time_embed = TimeEmbedding(width)
-        self.cond_embed = nn.Linear(context, width)
-        self.input_proj = nn.Linear(channels, width)
-        self.res_blocks = nn.ModuleList(
-            CrossBlock(width, context, heads) if cross else ModulatedBlock(width, heads, bias=False)
-            for _ in range(depth)
-        )
-        self.final_layer = FinalLayer(width, channels)
-
-    def forward(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor, group: Tensor | None = None) -> Tensor:
-        """States (R, n, C) -> velocity (R, n, C) float32.
-
-        Args:
-            t: (R,), of one scale; or (R, S) with `group` (n,): the scale of each token, which sees its own alone.
-            z: (R, n, D), the vectors of the same tokens.   where: (n,), their positions in the layout.
-        """
-        time = self.time_embed(t[:, None] if group is None else t)  # R S W
-        cond = self.cond_embed(z) + (time if group is None else time[:, group])
-        mask = None if group is None else group[:, None] == group[None]
-        x = self.input_proj(x.to(self.input_proj.weight.dtype))
-        for block in self.res_blocks:
-            given = (x, cond, self.rotary, where, mask)
-            if isinstance(block, CrossBlock):
-                given = (*given, time, z, group)
-            checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
-            x = self._gradient_checkpointing_func(block, *given) if checkpointed else block(*given)
-        return self.final_layer(x, cond).float()
 
 
 class FlowARState(State):
@@ -313,13 +195,6 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     # ---- training -----------------------------------------------------------------------------------------
 
-    def drop_labels(self, labels: Tensor, rng: Rng) -> Tensor:
-        """(B,) ids, in training some of them the null class."""
-        if not self.training or self.config.cond_drop_rate == 0:
-            return labels
-        u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-        return labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
-
     def loss_at(
         self,
         tokens: Tensor,
@@ -369,7 +244,8 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """
         noise = rng.normal(torch.arange(self.layout.length), Draw.NOISE, count=self.layout.dim).to(tokens)
         t = draw_sigma(rng, torch.arange(len(self.layout.grids)), kind="uniform").to(tokens.device)
-        losses = self.loss_at(tokens, inputs, noise, t, self.drop_labels(cond.labels, rng), weight, hidden_layer)
+        labels = drop_labels(cond.labels, rng, self.config.cond_drop_rate if self.training else 0.0, self.num_classes)
+        losses = self.loss_at(tokens, inputs, noise, t, labels, weight, hidden_layer)
         return {k: v for k, v in losses.items() if k not in ("scale_losses", "vectors")}
 
 

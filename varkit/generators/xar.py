@@ -23,6 +23,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.label import drop_labels
 from varkit.heads.flow import Flow, SigmaKind, add_noise, draw_sigma
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State, Tokenizer
@@ -295,13 +296,6 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             return t.sort(1, descending=self.config.context_noise == "decreasing").values
         return t
 
-    def drop_labels(self, labels: Tensor, rng: Rng) -> Tensor:
-        """(B,) ids, in training some of them the null class."""
-        if not self.training or self.config.cond_drop_rate == 0:
-            return labels
-        u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-        return labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
-
     def loss_at(
         self,
         tokens: Tensor,
@@ -345,7 +339,7 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         Returns: loss, loss_first, loss_last.
         """
         noise = rng.normal(torch.arange(self.layout.length), Draw.NOISE, count=self.layout.dim).to(tokens)
-        labels = self.drop_labels(cond.labels, rng)
+        labels = drop_labels(cond.labels, rng, self.config.cond_drop_rate if self.training else 0.0, self.num_classes)
         losses = self.loss_at(tokens, noise, self.times(rng).to(tokens.device), labels, weight, hidden_layer)
         del losses["velocity"]
         return losses

@@ -9,7 +9,7 @@ Shapes: B batch, n tokens, D width, C width of the condition.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,6 +151,8 @@ class Trunk(nn.Module):
 
     Args: depths: of the two.   places: (L, 2), row and column of each token in the order of prediction.
     """
+
+    _gradient_checkpointing_func: Callable[..., Tensor]  # diffusers sets it
 
     def __init__(
         self,

@@ -84,6 +84,12 @@ def sample(
         str | None, typer.Option(help="First and last guided step, from 0: 0,99. Default: all.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps, where the model can take several.")] = None,
+    head_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a model of latents: steps of its flow or diffusion; 50,5: from the first group to the last."
+        ),
+    ] = None,
     order: Annotated[str | None, typer.Option(help="Of the tokens, where the model can take any: raster, ...")] = None,
     temperature: Annotated[float | None, typer.Option(help="Below 1 sharper, above 1 flatter.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
@@ -131,6 +137,10 @@ def sample(
         LabelCondition(pipeline.transformer.num_classes).encode(class_labels=ids)
     num = num or len(ids)
     extra = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    of_head: list[int | None] = numbers(head_steps, "--head-steps", int)
+    if len(of_head) > 2:
+        raise ValueError(f"--head-steps {head_steps} must be one number, or those of the first and the last group")
+    first, last = (*of_head, None, None)[:2]
     given = {
         "guidance_scale": guidance,
         "guidance_schedule": schedule,
@@ -142,6 +152,8 @@ def sample(
         "more_smooth": more_smooth,
         "num_tokens": tokens,
         "order": order,
+        "head_steps": first,
+        "head_steps_last": last,
     }
     settings = pipeline.sampler.settings(**given, num_steps=steps)
     say(

@@ -242,6 +242,9 @@ class Generator(ABC):
     guidance_by: Literal["groups", "tokens"] = "groups"
     """What a guidance schedule counts where tokens are continuous: groups drawn, or the share of tokens."""
 
+    positions_per_token: int = 1
+    """Positions that are always decided together, such as those of a patch; guidance by tokens counts them as one."""
+
     sampler: str = "NextGroupSampler"
     """The class of the sampler that its pipelines get unless another is given."""
 
@@ -252,6 +255,15 @@ class Generator(ABC):
     def groups(self, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
         """The groups of one batch: those of `schedule`, (n,) each, or (B, n) where each image has its own."""
         return self.schedule(num_steps)
+
+    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """As `groups`, where the tokens of `keep` (B, L) bool are known.
+
+        Returns: positions (B, k) whose known tokens are appended before the first group, and the groups, of all others.
+        A generator that can read known tokens in any order gives the former. Others draw all tokens, and known ones
+        take their places as they come.
+        """
+        return torch.zeros(len(keep), 0, dtype=torch.int64, device=keep.device), self.groups(rng, num_steps)
 
     def in_order(self, name: str) -> list[Tensor]:
         """As `schedule`, one position a step in the order of that name (`varkit.orders`).

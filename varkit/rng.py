@@ -47,6 +47,7 @@ class Draw(IntEnum):
     MASK = 62  # which tokens are masked, and how many, when a masked generator trains
     UNQUANTISED = 70  # which training images a quantiser passes on as they are
     CORRUPT = 71  # which tokens are replaced by random ones in training, and by which
+    DENOISE = 80  # the noise that each step of a diffusion adds
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

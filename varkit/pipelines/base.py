@@ -110,7 +110,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
                 f"{', '.join(self.sampler.settings())}"
             )
-        bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, **given))
+        bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, known=known, **given))
 
         def on_step(info: Any) -> None:
             bar.update()

@@ -17,7 +17,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.heads.categorical import Categorical
-from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.heads.diffusion import Diffusion
+from varkit.heads.gaussian import spaced
+from varkit.interfaces import Cond, Generator, Predictive, Tokenizer
 from varkit.rng import Rng
 from varkit.samplers.guidance import guidance_interval, guidance_schedule
 from varkit.samplers.next_group import Known, SamplerOutput
@@ -32,6 +34,8 @@ class ContinuousStep:
     positions: Tensor  # (n,) or (B, n)
     predicted: Tensor  # (B, n, C) as drawn, before known tokens replaced any
     tokens: Tensor  # (B, L, C), zero where nothing is decided
+    predictive: Predictive  # guided
+    guidance: float  # how strongly
 
 
 @dataclass
@@ -48,11 +52,12 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
 
     Args:
         guidance_scale: w of uncond + w (cond - uncond); 1 is off.
-        guidance_schedule, guidance_power: over the groups, see `varkit.samplers.guidance`; `decided` counts tokens
-            where the generator says so (`guidance_by = "tokens"`, as MAR), else groups.
+        guidance_schedule, guidance_power: over the groups, see `varkit.samplers.guidance`; where the generator says
+            so (`guidance_by = "tokens"`, as MAR), over the share of tokens, see `token_progress`.
         guidance_interval: first and last guided group, counted from 0. None is all.
         num_steps: of groups, where the generator can take several numbers; None is its own.
-        head_steps: of the integration of a group.   head_steps_last: of the last group; between them the number falls
+        head_steps: of the integration of a group; of a diffusion also how they are spaced, such as "ddim50", see
+            `varkit.heads.gaussian.Spacing`.   head_steps_last: of the last group; between them the number falls
             (or rises) linearly over the groups (DiSA, arXiv 2505.20297). None is the same for all.
         solver: of the head; None is its own.   temperature: of its noise; 1 is neutral.
     """
@@ -65,7 +70,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         guidance_power: float = 1.0,
         guidance_interval: Sequence[int] | None = None,
         num_steps: int | None = None,
-        head_steps: int = 25,
+        head_steps: int | str = 25,
         head_steps_last: int | None = None,
         solver: str | None = None,
         temperature: float = 1.0,
@@ -78,16 +83,24 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         merged |= {k: v for k, v in changes.items() if v is not None and k in merged}
         guidance_schedule(merged["guidance_schedule"], merged["guidance_power"])
         guidance_interval(merged["guidance_interval"])
+        if isinstance(merged["head_steps"], str):
+            spaced(merged["head_steps"])
+            if merged["head_steps_last"] is not None:
+                raise ValueError(f"head_steps_last goes with a number of head_steps; got {merged['head_steps']!r}")
         for name in ("num_steps", "head_steps", "head_steps_last"):
-            if merged[name] is not None and merged[name] < 1:
+            if isinstance(merged[name], int) and merged[name] < 1:
                 raise ValueError(f"{name} must be at least 1; got {merged[name]}")
         if not merged["temperature"] > 0:
             raise ValueError(f"temperature must be > 0 (1 is neutral); got {merged['temperature']}")
         return merged
 
-    def count_steps(self, transformer: Generator, **changes: Any) -> int:
+    def count_steps(self, transformer: Generator, known: Known | None = None, **changes: Any) -> int:
         """How many groups `generate` will draw."""
-        return len(transformer.schedule(self.settings(**changes)["num_steps"]))
+        steps = self.settings(**changes)["num_steps"]
+        if known is None:
+            return len(transformer.schedule(steps))
+        rng = Rng.from_seed(0, len(known[0]), device=known[0].device)
+        return len(transformer.groups_around(known[1].expand(known[0].shape[:2]), rng, steps)[1])
 
     @torch.no_grad()
     def generate(
@@ -110,43 +123,78 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
         if transformer.layout.codebook_size is not None:
             raise ValueError(f"ContinuousSampler draws latents; {type(transformer).__name__} predicts ids")
-        schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
         w = float(settings["guidance_scale"])
-        first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
-        groups = transformer.groups(rng, settings["num_steps"])
-        device = groups[0].device
         batch, length, dim = len(cond), transformer.layout.length, transformer.layout.dim
+        if known is None:
+            before, groups = None, transformer.groups(rng, settings["num_steps"])
+        else:
+            before, groups = transformer.groups_around(known[1].expand(batch, length), rng, settings["num_steps"])
+        device = groups[0].device
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
         running = tokenizer.running(batch)
         every = torch.zeros(batch, length, dim, device=device)
+
+        def record(tokens: Tensor, positions: Tensor) -> None:
+            transformer.append(state, tokens, positions)
+            running.record(tokens, positions)
+            put(every, positions, tokens)
+
         decided, calls = 0, 0
+        if known is not None and before is not None and before.numel():
+            record(take(known[0], before).to(every), before)
+            decided = before.shape[1]
         for step, positions in enumerate(groups):
             predictive: Any = transformer.predict(state, running.inputs(positions), positions)
-            if isinstance(predictive, Categorical):
-                raise ValueError(f"{type(transformer).__name__} gives logits: draw with NextGroupSampler")
+            decided += positions.shape[-1]
+            head_steps = settings["head_steps"]
+            check_predictive(predictive, type(transformer).__name__, head_steps)
+            strength = 1.0
             if w != 1:
-                guided = first <= step <= last
-                done, end = (step, len(groups) - 1)
-                if transformer.guidance_by == "tokens":
-                    done, end = decided + positions.shape[-1] - 1, length - 1
-                predictive = predictive.guide(schedule(w, done, end) if guided else 1.0)
-            head_steps = steps_of(step, len(groups), settings["head_steps"], settings["head_steps_last"])
+                strength = strength_at(settings, step, len(groups), decided, transformer)
+                predictive = predictive.guide(strength)
+            if isinstance(head_steps, int):
+                head_steps = steps_of(step, len(groups), head_steps, settings["head_steps_last"])
             options = {"solver": settings["solver"]} if settings["solver"] is not None else {}
             predicted = predictive.sample(
                 rng, positions, num_steps=head_steps, temperature=settings["temperature"], **options
             )
             calls += predictive.calls
-            tokens = predicted if known is None else keep_known(predicted, known, positions)
-            transformer.append(state, tokens, positions)
-            running.record(tokens, positions)
-            put(every, positions, tokens)
-            decided += positions.shape[-1]
+            record(predicted if known is None else keep_known(predicted, known, positions), positions)
             if on_step is not None:
-                on_step(ContinuousStep(step, len(groups), positions, predicted, every))
+                on_step(ContinuousStep(step, len(groups), positions, predicted, every, predictive, strength))
         return ContinuousOutput(every, len(groups), len(groups), time.perf_counter() - began, calls)
+
+
+def check_predictive(predictive: Predictive, name: str, head_steps: int | str) -> None:
+    """Raises ValueError when this is nothing to draw latents from, or not with such `head_steps`."""
+    if isinstance(predictive, Categorical):
+        raise ValueError(f"{name} gives logits: draw with NextGroupSampler")
+    if isinstance(head_steps, str) and not isinstance(predictive, Diffusion):
+        raise ValueError(f"head_steps {head_steps!r} spaces the steps of a diffusion; a flow takes a whole number")
+
+
+def strength_at(settings: dict[str, Any], step: int, groups: int, decided: int, transformer: Generator) -> float:
+    """How strongly group `step` of so many is guided. Args: decided: tokens, with those of this group."""
+    first, last = guidance_interval(settings["guidance_interval"]) or (0, groups)
+    if not first <= step <= last:
+        return 1.0
+    done, end = step, groups - 1
+    if transformer.guidance_by == "tokens":
+        done, end = token_progress(decided, transformer.layout.length, transformer.positions_per_token)
+    schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
+    return schedule(float(settings["guidance_scale"]), done, end)
+
+
+def token_progress(decided: int, length: int, places: int = 1) -> tuple[int, int]:
+    """What a schedule of guidance reads where tokens count: those decided, with the group at hand, of how many.
+
+    The last group too leaves one token (of `places` positions) uncounted, so `linear` is 1 + (w - 1) (L - m) / L with
+    m tokens masked after the group, and never quite w. Source: LTH14/mar: models/mar.py (fe470ac).
+    """
+    return min(decided, length - places), length
 
 
 def steps_of(step: int, groups: int, head_steps: int, head_steps_last: int | None) -> int:

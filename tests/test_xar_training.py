@@ -21,6 +21,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "xar": ("xar_fashion", {"entity_size": 2}, None),
     "xar-scales": ("xar_fashion", {"entity": "scale"}, "nearest"),
     "flowar": ("flowar_fashion", {"head_width": 64, "head_depth": 1}, "area"),
+    "flowar-vae": ("flowar_fashion", {"head_width": 64, "head_depth": 1, "scales": [1, 2, 4]}, None),
 }
 
 
@@ -64,7 +65,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     plan(tmp_path / "vae", "xar")
     plan(tmp_path / "scales", "flowar")
     for name, tokenizer, message in (
-        ("flowar", "vae", "it needs two or more, those of a LatentPyramid"),
+        ("flowar", "vae", "the last of the scales must be the whole latent, 4x4"),
         ("xar-scales", "vae", "entity scale needs two scales or more"),
         ("xar", "scales", "do not fit together"),
     ):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
 from varkit.interfaces import Losses
@@ -59,7 +60,10 @@ class Training(GeneratorTraining):
         super().__init__(config, classes)
 
     def open_tokenizer(self) -> Any:
-        return open_tokenizer(self.config.tokenizer, image_size=self.config.image_size)
+        """The tokenizer of the configuration, or what the generator puts around it, such as scales around a VAE."""
+        with torch.device("meta"):
+            model: Any = registry.model_entry(self.config.model).build(**self.config.model_overrides)
+        return model.tokenizer_for(open_tokenizer(self.config.tokenizer, image_size=self.config.image_size))
 
     def sizes(self, tokenizer: Any) -> dict[str, Any]:
         """Those of the tokenizer's sizes that the generator's constructor takes."""

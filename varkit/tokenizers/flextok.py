@@ -743,6 +743,7 @@ _FASHION = {
     "sigma": "logit-normal",
     "stratified": True,
     "null_rate": 0.1,
+    "num_steps": 10,
     "guidance_scale": 1.5,
     "apg": False,
 }

@@ -45,10 +45,12 @@ def _real() -> dict[str, torch.Tensor]:
 
 
 def test_what_ships_is_small_and_holds_no_code() -> None:
-    assert "fashion-var" in zoo_models()
-    files = [p for p in FOLDER.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 14_000_000
-    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png", ".html"}
+    assert {"fashion-var", "fashion-llamagen", "fashion-flextok"} <= set(zoo_models())
+    files = [p for p in ZOO.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+    assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") <= 50_000_000
+    assert sum(p.stat().st_size for p in files if FOLDER in p.parents) <= 14_000_000
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png", ".html", ".py"}
+    assert [p.name for p in files if p.suffix == ".py"] in ([], ["__init__.py"])
 
 
 @pytest.mark.parametrize("opener", ["varkit.AutoPipeline", "varkit.ClassToImagePipeline"])
@@ -65,17 +67,59 @@ def agreement(classifier: ImageClassifier, images: torch.Tensor, labels: torch.T
         return (classifier(images).argmax(1) == labels).float().mean().item()
 
 
-def test_its_card_says_what_was_measured() -> None:
-    card, report = (FOLDER / "README.md").read_text(), Report.read(FOLDER / "card" / "generation.json")
-    back = Report.read(FOLDER / "card" / "reconstruction.json")
+CARDS = {
+    "fashion-var": (10000, "fashion_var", ("samples", "reconstructions", "curves")),
+    "fashion-llamagen": (5000, "fashion_llamagen", ("samples", "reconstructions", "curves")),
+    "fashion-flextok": (
+        1000,
+        "fashion_flextok_ar",
+        ("samples", "reconstructions", "curves", "tokens", "tokens-samples"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_says_what_was_measured(name: str) -> None:
+    num, recipe, pictures = CARDS[name]
+    folder = ZOO / name
+    card, report = (folder / "README.md").read_text(), Report.read(folder / "card" / "generation.json")
+    back = Report.read(folder / "card" / "reconstruction.json")
     assert score_table(report) in card and report.fingerprint in card
     assert score_table(back) in card and back.fingerprint in card
-    assert report.protocol["name"] == "fashion" and report.protocol["sampling"]["num"] == 10000
+    assert report.protocol["name"] == "fashion" and report.protocol["sampling"]["num"] == num
     assert set(report.protocol["metrics"]) <= {s.name for s in report.results[-1].scores}
-    for words in ("library_name: varkit", "license:", "`varkit train fashion_var`", "## Limits", "Machine:"):
+    for words in ("library_name: varkit", "license:", f"`varkit train {recipe}`", "## Limits", "Machine:"):
         assert words in card
-    for picture in ("samples", "reconstructions", "curves"):
-        assert f"card/{picture}.png" in card and Image.open(FOLDER / "card" / f"{picture}.png").width > 300
+    for picture in pictures:
+        assert f"card/{picture}.png" in card and Image.open(folder / "card" / f"{picture}.png").width > 300
+
+
+@pytest.mark.parametrize("name", [n for n in CARDS if n != "fashion-var"])
+def test_models_of_the_repository_open_by_name_and_draw_their_classes(
+    name: str, classifier: ImageClassifier, real: dict[str, torch.Tensor]
+) -> None:
+    pipe = AutoPipeline.from_pretrained(name)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.transformer.dtype == pipe.image_tokenizer.dtype == torch.float32  # whatever they are stored in
+    labels = [i % 10 for i in range(60)]
+    images = pipe(class_labels=labels, rng=Rng.from_seed(1, 60), output_type="pt").images * 2 - 1
+    recorded = Report.read(ZOO / name / "card" / "generation.json").results
+    best = max(r.score("accuracy").value for r in recorded if not r.bound)
+    assert agreement(classifier, images, torch.tensor(labels)) > best - 0.2
+    with torch.no_grad():
+        back = pipe.image_tokenizer.decode(pipe.image_tokenizer.encode(real["images"][:60]))
+    scored = Report.read(ZOO / name / "card" / "reconstruction.json").results[-1]
+    assert abs(psnr(back, real["images"][:60]).mean().item() - scored.score("psnr").value) < 2
+
+
+def test_any_number_of_flexible_tokens_is_an_image(real: dict[str, torch.Tensor]) -> None:
+    """More tokens, nearer images: of the shipped tokenizer, and as its card has it."""
+    tokenizer = AutoPipeline.from_pretrained("fashion-flextok").image_tokenizer
+    images = real["images"][::5]
+    with torch.no_grad():
+        tokens = tokenizer.encode(images)
+        found = [psnr(tokenizer.decode(tokens, lengths=n), images).mean().item() for n in (1, 3, 32)]
+    assert found[0] < found[-1]
 
 
 def test_the_classifier_knows_held_out_garments(classifier: ImageClassifier, real: dict[str, torch.Tensor]) -> None:

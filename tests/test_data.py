@@ -49,7 +49,7 @@ def write_idx(folder: Path, counts: dict[str, int], gz: bool = False) -> None:
         labels = (np.arange(n) % 10).astype(np.uint8)
         for kind, array in (("images-idx3", noise(n, 28, 28, seed=n)), ("labels-idx1", labels)):
             raw, name = idx_bytes(array), f"{prefix}-{kind}-ubyte"
-            (folder / (f"{name}.gz" if gz else name)).write_bytes(gzip.compress(raw) if gz else raw)
+            (folder / (f"{name}.gz" if gz else name)).write_bytes(gzip.compress(raw, mtime=0) if gz else raw)
 
 
 @pytest.fixture

@@ -300,6 +300,10 @@ def test_a_model_of_flexible_length_shows_and_takes_numbers_of_tokens(tmp_path: 
         assert all(same(a, enlarge(b)) for (a, _), b in zip(images, drawn, strict=True))
     assert "Tokens must be" in refused(lambda: next(class_to_image.generate(models, "flexible", "0", 1, *own, 7, 5)))
     sent = upload(picture, tmp_path / "x.png")
+    assert build_demo([tmp_path / "flexible"]) is not None
+    edit.refresh(models, "flexible", sent)
+    told = refused(lambda: next(edit.edit(models, "flexible", sent, "1", edit.FOLLOW, *own, 6, 5)))
+    assert told.startswith("The tokens of this model have no places in the image")
     _, scales, _, _ = reconstruct.reconstruct(models, "flexible", sent)
     assert [caption for _, caption in scales] == ["1 token", "2 tokens", "4 tokens", "6 tokens"]
 

@@ -42,7 +42,18 @@ FOLLOW = "follow"
 
 
 def finest_grid(pipeline: Any) -> tuple[int, ...]:
-    return pipeline.image_tokenizer.layout.grids[-1]
+    """Rows and columns of cells; one cell for a model whose tokens have no places, which `edit` refuses."""
+    grid = pipeline.image_tokenizer.layout.grids[-1]
+    return grid if len(grid) == 2 else (1, 1)
+
+
+def check_places(pipeline: Any) -> None:
+    """Raises ValueError for a model whose tokens form no grid."""
+    if len(pipeline.image_tokenizer.layout.grids[-1]) != 2:
+        raise ValueError(
+            "The tokens of this model have no places in the image, so no part of it can be redrawn; choose a model "
+            "whose tokens form a grid"
+        )
 
 
 def preview(models: Models, name: str, upload: Upload | None) -> Any:
@@ -65,6 +76,7 @@ def edit(
     """
     with readable_errors():
         pipeline = models.open(name)
+        check_places(pipeline)
         size = pipeline.image_tokenizer.image_size
         image, exact = to_model_size(read_upload(upload, models.limits.side), size)
         cells = read_cells(marks, finest_grid(pipeline))

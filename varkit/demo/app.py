@@ -14,7 +14,7 @@ MONO_FONTS = ("ui-monospace", "Menlo", "Consolas", "DejaVu Sans Mono", "monospac
 
 INTRO = """# varkit
 
-Images by visual autoregression: a model that draws the whole picture coarsely, then again and again in finer detail."""
+Images by visual autoregression: models that draw a picture scale after scale, or token after token."""
 
 CSS = """
 .gradio-container { max-width: 1280px !important; min-width: 0 !important; margin: 0 auto !important; }

@@ -284,7 +284,7 @@ LORA = {"rank": 2, "dropout": 0.1}
 
 
 def test_an_adapter_changes_nothing_at_first_and_reaches_every_layer(source: Path) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="the extra lora is not installed")
     own = objective(source, list(NAMES.values()), lora=LORA)
     assert isinstance(own.model, VAR)
     torch.testing.assert_close(answers(own.model, [0, 1, 3]), answers(tiny(), [0, 1, 3]), atol=1e-5, rtol=1e-5)
@@ -302,7 +302,7 @@ def test_an_adapter_changes_nothing_at_first_and_reaches_every_layer(source: Pat
 
 
 def test_new_classes_are_trained_beside_the_adapter_unless_frozen(source: Path) -> None:
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="the extra lora is not installed")
     own = objective(source, OWN, lora=LORA)
     assert own.model.class_emb.weight.requires_grad
     assert own.notes[1] == "LoRA of rank 2 on 12 linear layers; class_emb.weight trained in full"
@@ -327,7 +327,7 @@ def test_targets_are_linear_layers_that_are_not_frozen() -> None:
 def test_a_lora_run_stops_resumes_exactly_and_exports_a_plain_model(
     source: Path, tmp_path: Path, variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="the extra lora is not installed")
     settings = values(source, lora=LORA, sampling={"guidance_scale": 2.0}, **variant)
     more = ("loop.steps=6", "loop.ema_decay=0.5", "optim.layer_decay=0.8", "optim.lr=2e-2", "loop.sample_every=6")
     plan = recipe(tmp_path / "whole", settings, *QUICK, *more)

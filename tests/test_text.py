@@ -20,7 +20,7 @@ from varkit.conditioning.captions import clean_caption
 from varkit.conditioning.text import TextCondition, left_padded
 from varkit.data.crops import center_crop, random_crop, ten_crop
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the extra text is not installed")
 
 WORDS = ["a", "red", "cat", "dog", "on", "the", "blue", "mat", "</s>", "<pad>", "<unk>"]
 

@@ -28,7 +28,7 @@ from varkit.pipelines.extract_features import extract_features
 from varkit.training.loop import Trainer, train
 from varkit.training.objectives import build_objective, objective_config
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", reason="the extra text is not installed")
 
 TEXTS = ["A red cat", "a blue dog on the mat", "", "dog", "a RED cat ", "the mat", "cat on the red mat", "http://a.com"]
 SAID = ["a red cat", "a blue dog on the mat", "dog", "the mat", "cat on the red mat"]

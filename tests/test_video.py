@@ -553,7 +553,7 @@ def test_batches_that_make_no_sense_are_refused(wrong: dict[str, Any], message: 
 
 def encode(path: Path, codec: str, options: dict[str, str], times: list[int], pix_fmt: str = "yuv420p") -> None:
     """A file of `numbered` frames shown at the given times, in 25ths of a second."""
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="the extra video is not installed")
     if codec not in av.codecs_available:
         pytest.skip(f"this build of PyAV has no {codec}")
     with av.open(str(path), "w") as container:
@@ -568,7 +568,7 @@ def encode(path: Path, codec: str, options: dict[str, str], times: list[int], pi
 
 def decoded(path: Path) -> Tensor:
     """Every frame, from the beginning."""
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="the extra video is not installed")
     with av.open(str(path)) as container:
         return torch.from_numpy(np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)]))
 
@@ -619,7 +619,7 @@ def test_a_keyframe_is_really_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def cut_at_the_front(path: Path, out: Path, frames: int) -> None:
     """The same packets, of which the first `frames` lie before the time at which the video begins."""
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="the extra video is not installed")
     with av.open(str(path)) as source, av.open(str(out), "w", options={"avoid_negative_ts": "disabled"}) as target:
         old = source.streams.video[0]
         new = target.add_stream_from_template(old)
@@ -655,7 +655,7 @@ def boastful(path: Path, frames: int, said: int) -> None:
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("start", ["first", "random", "all"])
 def test_clips_that_only_a_header_promises_are_replaced(start: Any, workers: int, tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="the extra video is not installed")
     boastful(tmp_path / "a.avi", 20, 60)
     write_video(numbered(40), tmp_path / "b.avi")
     rule = ClipRule(frames=8, start=start, per_video=5 if start == "random" else 1)
@@ -669,7 +669,7 @@ def test_clips_that_only_a_header_promises_are_replaced(start: Any, workers: int
 
 
 def test_a_video_that_turns_out_too_short_is_refused_or_left_out(tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="the extra video is not installed")
     boastful(tmp_path / "a.avi", 12, 60)
     write_video(numbered(40), tmp_path / "b.avi")
     batches = clips(open_videos(tmp_path), ClipRule(frames=16, short="skip"), batch_size=2)
@@ -682,7 +682,7 @@ def test_a_video_that_turns_out_too_short_is_refused_or_left_out(tmp_path: Path)
 
 
 def test_folders_of_videos_are_read_at_any_depth_and_images_beside_them_left_out(tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="the extra video is not installed")
     for name in ("b/x.MP4", "b/a.gif", "a/deep/y.mkv"):
         write_video(numbered(3), (tmp_path / name).with_suffix(Path(name).suffix.lower()))
     (tmp_path / "b" / "x.mp4").rename(tmp_path / "b" / "x.MP4")
@@ -696,7 +696,7 @@ def test_folders_of_videos_are_read_at_any_depth_and_images_beside_them_left_out
 
 @pytest.mark.parametrize("content", [b"", b"no video at all " * 50, None])
 def test_unreadable_files_are_named_before_anything_is_decoded(content: bytes | None, tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="the extra video is not installed")
     write_video(numbered(8), tmp_path / "a.mp4")
     whole = (tmp_path / "a.mp4").read_bytes()
     (tmp_path / "bad.mp4").write_bytes(whole[: len(whole) // 2] if content is None else content)
@@ -706,7 +706,7 @@ def test_unreadable_files_are_named_before_anything_is_decoded(content: bytes | 
 
 @pytest.mark.parametrize("ending", sorted(video.WRITERS))
 def test_what_is_written_is_read_again(ending: str, tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="the extra video is not installed")
     for height, width in ((32, 64), (34, 60)):
         path = tmp_path / "new" / f"{height}{ending}"
         write_video(torch.from_numpy(numbered(20, height, width)), path, fps=12.5)
@@ -720,7 +720,7 @@ def test_what_is_written_is_read_again(ending: str, tmp_path: Path) -> None:
 
 
 def test_colours_survive_writing(tmp_path: Path) -> None:
-    pytest.importorskip("av")
+    pytest.importorskip("av", reason="the extra video is not installed")
     colours = torch.tensor([[200, 30, 40], [20, 180, 60], [30, 50, 220]], dtype=torch.uint8)
     frames = colours[:, None, None].expand(3, 32, 32, 3).contiguous()
     for ending in video.WRITERS:
@@ -730,7 +730,7 @@ def test_colours_survive_writing(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    av = pytest.importorskip("av")
+    av = pytest.importorskip("av", reason="the extra video is not installed")
     path = tmp_path / "a.avi"  # its codec writes every frame at once
     write_video(numbered(4), path)
     before, convert, half_way = path.read_bytes(), av.VideoFrame.from_ndarray, []

@@ -19,7 +19,6 @@ from itertools import pairwise
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -29,21 +28,11 @@ from varkit.heads.diffusion import Diffusion, DiffusionHead, fold, unfold
 from varkit.heads.gaussian import STEPS
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
+from varkit.layers.mlp import FeedForward
 from varkit.layout import TokenLayout
 from varkit.orders import random_orders, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):

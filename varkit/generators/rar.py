@@ -26,6 +26,7 @@ from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import CacheSlots, KVCache
+from varkit.layers.mlp import FeedForward
 from varkit.layout import TokenLayout
 from varkit.orders import random_orders, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -60,17 +61,6 @@ class Attention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=cache is None)
         return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.fc2(self.dropout(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):

@@ -13,7 +13,8 @@ from torch import Tensor
 from varkit import AutoPipeline, Rng
 from varkit.checkpoints import xar as keys
 from varkit.conditioning.label import drop_labels
-from varkit.generators.xar import XAR, XARState, entities, halves
+from varkit.entities import entities, halves
+from varkit.generators.xar import XAR, XARState
 from varkit.heads.flow import add_noise
 from varkit.interfaces import Cond
 from varkit.pipelines.auto import assemble

@@ -37,7 +37,7 @@ class Draw(IntEnum):
     OWN_TOKEN = 21  # where the model's own tokens stand in for true ones in training
     PREFIX = 22  # how much of a sequence is shown in training
     HIDDEN = 23  # which tokens are hidden, and how many, in training
-    FILL_NOISE = 24  # noise in place of hidden inputs
+    FILL_NOISE = 24  # noise in place of hidden inputs, or over what is read, and how much of it
     DISCRIMINATOR = 30  # how images are changed before a discriminator sees them
     LATENT = 50  # the sample of a posterior over latents
     NOISE = 51  # where a flow starts, and the noise it is trained with

@@ -13,8 +13,9 @@ from varkit.checkpoints import flowar as flowar_keys
 from varkit.checkpoints import xar as xar_keys
 from varkit.checkpoints.files import load_strictly
 from varkit.conditioning.label import drop_labels
+from varkit.entities import entities
 from varkit.generators.flowar import FlowAR
-from varkit.generators.xar import XAR, entities
+from varkit.generators.xar import XAR
 from varkit.heads.flow import Flow, add_noise, flow_loss
 from varkit.heads.flow_transformer import FlowHead
 from varkit.interfaces import Cond

@@ -21,6 +21,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.conditioning.label import drop_labels
+from varkit.entities import entity_losses, group_of
 from varkit.heads.flow import Flow, add_noise, draw_sigma
 from varkit.heads.flow_transformer import FlowHead
 from varkit.hub import HubMixin
@@ -107,9 +108,7 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             )
         self.num_classes = num_classes
         where = places(self.layout.grids)
-        sizes = torch.tensor(self.layout.sizes, device=where.device)
-        scale_of = torch.repeat_interleave(torch.arange(len(sizes)), sizes, output_size=self.layout.length)
-        self.register_buffer("scale_of", scale_of, persistent=False)  # L
+        self.register_buffer("scale_of", group_of(self.layout.sizes).to(where.device), persistent=False)  # L
         self.class_emb = nn.Embedding(num_classes + 1, hidden_size)
         self.z_proj = nn.Linear(latent_dim, hidden_size)
         first, second = depths
@@ -202,7 +201,7 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         noise: Tensor,
         t: Tensor,
         class_labels: Tensor,
-        weight: Tensor | None = None,
+        weight: Tensor | float | None = None,
         hidden_layer: int | None = None,
     ) -> Losses:
         """The loss of given noise (B, L, C), times (B, S) and labels (B,); see `training_loss`.
@@ -215,11 +214,9 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         v = self.flownet(add_noise(tokens, noise, t[:, group]), t, z, where, group)
         error = (v - (noise - tokens).float()).square().mean(-1)  # B L
         scale_losses = torch.stack([e.mean(1) for e in self.layout.split(error)], 1)
-        w = 1 / self.layout.sizes[-1] if weight is None else weight
+        weight = 1 / self.layout.sizes[-1] if weight is None else weight
         losses = {
-            "loss": (error * w).sum(1).mean(),
-            "loss_first": scale_losses.detach()[:, 0].mean(),
-            "loss_last": scale_losses.detach()[:, -1].mean(),
+            **entity_losses(error, self.layout.sizes, weight),
             "scale_losses": scale_losses,
             "vectors": z,
         }

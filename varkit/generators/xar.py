@@ -16,7 +16,7 @@ Shapes: B batch, R rows (2 B with guidance), L tokens, E entities, n tokens of o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -24,71 +24,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.conditioning.label import drop_labels
+from varkit.entities import ContextNoise, Entity, check_context_noise, entities, entity_losses, group_of, sorted_times
 from varkit.heads.flow import Flow, SigmaKind, add_noise, draw_sigma
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State, Tokenizer
 from varkit.layers.cache import KVCache
 from varkit.layers.modulated import TimeEmbedding, Trunk, block_mask, init_weights, places
-from varkit.layout import Grid, TokenLayout, square_grids
+from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.kl_vae import KLVAE
 from varkit.tokenizers.latent_pyramid import LatentPyramid
-
-Entity = Literal["token", "cell", "subsample", "scale", "image"]
-ContextNoise = Literal["independent", "clean", "increasing", "decreasing"]
-
-
-def halves(grid: Grid) -> tuple[Grid, ...]:
-    """The grid and what halving leaves of it, coarse to fine."""
-    grids = [tuple(grid)]
-    while max(grids[0]) > 1:
-        grids.insert(0, tuple(max(1, side // 2) for side in grids[0]))
-    return tuple(grids)
-
-
-def entities(
-    grid: Grid,
-    entity: Entity = "cell",
-    size: int | Sequence[int] | None = None,
-    scales: Sequence[int | Sequence[int]] | None = None,
-) -> tuple[tuple[Grid, ...], list[Tensor]]:
-    """How latents are cut: the grids of their tokens, and the positions (n,) of each entity, in order of prediction.
-
-    Args:
-        grid: (h, w) of the latent.
-        size: of a cell, its side or (height, width) in tokens; of a subsample, how many tokens a side.
-        scales: of entity scale, the sides; None halves the grid again and again.
-    Raises: ValueError when there is no such entity, or it does not divide the grid.
-    """
-    height, width = grid
-    every = torch.arange(height * width)
-    if entity == "scale":
-        grids = halves((height, width)) if scales is None else square_grids(scales)
-        if grids[-1] != (height, width):
-            raise ValueError(f"the last of the scales must be the whole latent, {height}x{width}; got {scales}")
-        if len(grids) < 2:
-            raise ValueError(
-                f"entity scale needs two scales or more, such as those of a LatentPyramid; got {grids}. One scale is "
-                f"entity image"
-            )
-        return grids, list(torch.arange(sum(h * w for h, w in grids)).split([h * w for h, w in grids]))
-    if entity == "token":
-        return ((height, width),), list(every.split(1))
-    if entity == "image":
-        return ((height, width),), [every]
-    if entity not in ("cell", "subsample"):
-        raise ValueError(f"entity must be token, cell, subsample, scale or image; got {entity!r}")
-    if size is None:
-        raise ValueError(f"a {entity} needs its size (entity_size)")
-    down, across = (size, size) if isinstance(size, int) else size
-    if down < 1 or across < 1 or height % down or width % across:
-        raise ValueError(f"a {entity} of {down}x{across} does not divide a latent of {height}x{width}")
-    if entity == "cell":
-        cut = every.view(height // down, down, width // across, across).permute(0, 2, 1, 3)
-    else:
-        cut = every.view(down, height // down, across, width // across).permute(1, 3, 0, 2)
-    return ((height, width),), list(cut.reshape(-1, down * across))
 
 
 class XARState(State):
@@ -126,8 +72,8 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         dropout, attention_dropout: in training, of what attention gives and of its weights.
         cond_drop_rate: how often a label becomes the null class in training.
         sigma: how the times of training are drawn, see `draw_sigma`.
-        context_noise: the times of the entities of one image: drawn independently, or sorted so that noise increases or
-            decreases with the order; or `clean`: each entity learns from clean ones before it, at twice the length.
+        context_noise: see `ContextNoise`; with `clean` each entity learns from clean ones before it, at twice the
+            length.
     Raises: ValueError on an impossible combination.
     """
 
@@ -170,10 +116,7 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         context_noise: ContextNoise = "independent",
     ) -> None:
         super().__init__()
-        if context_noise not in ("independent", "clean", "increasing", "decreasing"):
-            raise ValueError(
-                f"context_noise must be independent, clean, increasing or decreasing; got {context_noise!r}"
-            )
+        check_context_noise(context_noise)
         height, width = grid
         grids, groups = entities((height, width), entity, entity_size, scales)
         self.layout = TokenLayout(grids, None, latent_dim)
@@ -182,9 +125,9 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         order = torch.cat(groups)
         self.register_buffer("order", order, persistent=False)  # the position of each turn
         self.register_buffer("turn", order.argsort(), persistent=False)  # the turn of each position
-        sizes = torch.tensor(self.sizes, device=order.device)
-        group = torch.repeat_interleave(torch.arange(len(groups)), sizes, output_size=len(order))
-        self.register_buffer("group", group, persistent=False)  # the entity of each turn
+        self.register_buffer(
+            "group", group_of(self.sizes).to(order.device), persistent=False
+        )  # the entity of each turn
         self.class_emb = nn.Embedding(num_classes + 1, hidden_size)
         self.time_embed = TimeEmbedding(hidden_size)
         self.z_proj = nn.Linear(latent_dim, hidden_size)
@@ -292,9 +235,7 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     def times(self, rng: Rng) -> Tensor:
         """The times of training, (B, E), in the order of the context's noise."""
         t = draw_sigma(rng, torch.arange(len(self.sizes)), kind=self.config.sigma)
-        if self.config.context_noise in ("increasing", "decreasing"):
-            return t.sort(1, descending=self.config.context_noise == "decreasing").values
-        return t
+        return sorted_times(t, self.config.context_noise)
 
     def loss_at(
         self,
@@ -313,14 +254,9 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         clean = tokens if self.config.context_noise == "clean" else None
         out = self(noised, t, class_labels, clean, hidden_layer)
         v, hidden = (out, None) if hidden_layer is None else out
-        error = (v - (noise - tokens).float()).square().mean(-1)  # B L
-        first, last = self.order[: self.sizes[0]], self.order[-self.sizes[-1] :]
-        losses = {
-            "loss": error.mean() if weight is None else (error * weight).sum(1).mean(),
-            "loss_first": error.detach()[:, first].mean(),
-            "loss_last": error.detach()[:, last].mean(),
-            "velocity": v,
-        }
+        error = (v - (noise - tokens).float()).square().mean(-1)[:, self.order]  # B L
+        weight = weight[:, self.order] if isinstance(weight, Tensor) else weight
+        losses = {**entity_losses(error, self.sizes, weight), "velocity": v}
         return losses if hidden is None else {**losses, "hidden": hidden}
 
     def training_loss(  # type: ignore[override]

@@ -75,19 +75,19 @@ class FinalLayer(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """Noised tokens, time and condition -> noise and variance, each token by itself."""
+    """Noised tokens, time and condition -> noise and variance, or other `outputs`, each token by itself."""
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int) -> None:
+    def __init__(self, channels: int, condition: int, width: int, depth: int, outputs: int | None = None) -> None:
         super().__init__()
         self.gradient_checkpointing = False
         self.time_embed = TimeEmbedder(width)
         self.cond_embed = nn.Linear(condition, width)
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResBlock(width) for _ in range(depth))
-        self.final_layer = FinalLayer(width, 2 * channels)
+        self.final_layer = FinalLayer(width, 2 * channels if outputs is None else outputs)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        """(..., 2C) float32. Args: x: (..., C).   t: (...) indices of the trained process.   z: (..., Z)."""
+        """(..., outputs) float32. Args: x: (..., C).   t: (...) indices of the trained process.   z: (..., Z)."""
         return self.denoise(x, self.time_embed(t) + self.cond_embed(z))
 
     def denoise(self, x: Tensor, y: Tensor) -> Tensor:
@@ -126,17 +126,8 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def loss(self, z: Tensor, data: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error of the noise, and the bound's term in bits, of each row: (N,) float32; train on their sum.
-
-        The bound teaches the variance alone: the noise is detached in it.
-        Args: z: (N, Z).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999.
-        """
-        c, data, noise = process().at(t), data.float(), noise.float()
-        x = diffuse(c, data, noise)
-        out = self.net(x, t, z)
-        predicted, share = out.chunk(2, -1)
-        step = backward(c, x, torch.cat([predicted.detach(), share], -1))
-        return (predicted - noise).square().mean(-1), variational_bound(c, x, data, step, t)
+        """See `noise_losses`. Args: z: (N, Z).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999."""
+        return noise_losses(lambda x: self.net(x, t, z), data, t, noise)
 
     def diffusion(self, z: Tensor, null: Tensor | None = None, places: int = 1) -> Diffusion:
         """The predictive of tokens with hidden states z (B, m, Z), and without a condition null (B, m, Z).
@@ -159,6 +150,19 @@ class DiffusionHead(nn.Module):
             return cond, without
 
         return Diffusion(denoise, self.channels // places, pair if null is not None else None, hidden)
+
+
+def noise_losses(ask: Callable[[Tensor], Tensor], data: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of the noise, and the bound's term in bits, of each row: (N,) float32; train on their sum.
+
+    The bound teaches the variance alone: the noise is detached in it.
+    Args: ask: the network, noised rows (N, C) -> (N, 2C).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999.
+    """
+    c, data, noise = process().at(t), data.float(), noise.float()
+    x = diffuse(c, data, noise)
+    predicted, share = ask(x).float().chunk(2, -1)
+    step = backward(c, x, torch.cat([predicted.detach(), share], -1))
+    return (predicted - noise).square().mean(-1), variational_bound(c, x, data, step, t)
 
 
 def fold(x: Tensor, places: int) -> Tensor:

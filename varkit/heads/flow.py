@@ -27,6 +27,7 @@ def draw_sigma(
     kind: SigmaKind = "logit-normal",
     mode_scale: float = 0.25,
     stratified: bool = False,
+    step: int = 0,
 ) -> Tensor:
     """How much noise each image, or each position of it, is trained with: in (0, 1).
 
@@ -35,10 +36,11 @@ def draw_sigma(
         kind: uniform; logit-normal, the sigmoid of a standard normal; or mode, the uniform u shifted to
             1 - u - mode_scale * (cos^2(pi u / 2) - 1 + u) (Esser et al., section 3.1).
         stratified: image i of the batch draws from the i-th of B equal parts of (0, 1), so that a batch covers all.
+        step: a word of the random numbers' key, for several draws.
     Raises: ValueError on another kind.
     """
     where = torch.zeros(1, dtype=torch.int64) if positions is None else positions
-    u = rng.uniform(where, Draw.SIGMA)  # B n
+    u = rng.uniform(where, Draw.SIGMA, step=step)  # B n
     if stratified:
         u = (torch.arange(len(u), device=u.device)[:, None] + u) / len(u)
     if kind == "logit-normal":

@@ -93,12 +93,22 @@ class FlowHead(nn.Module):
         channels, context, width: C, D, W.   depth: of the blocks.
         cross: blocks with cross-attention (the released L and H), else attention and MLP alone (S).
         places: (L, 2), row and column of each token.
+        outputs: numbers predicted a token; None is C, a velocity.
     Raises: ValueError when the width is no multiple of 64.
     """
 
     _gradient_checkpointing_func: Callable[..., Tensor]  # diffusers sets it
 
-    def __init__(self, channels: int, context: int, width: int, depth: int, cross: bool, places: Tensor) -> None:
+    def __init__(
+        self,
+        channels: int,
+        context: int,
+        width: int,
+        depth: int,
+        cross: bool,
+        places: Tensor,
+        outputs: int | None = None,
+    ) -> None:
         super().__init__()
         if width % 64:
             raise ValueError(f"the flow head has heads of 64 channels: its width must be a multiple of it; got {width}")
@@ -112,10 +122,10 @@ class FlowHead(nn.Module):
             CrossBlock(width, context, heads) if cross else ModulatedBlock(width, heads, bias=False)
             for _ in range(depth)
         )
-        self.final_layer = FinalLayer(width, channels)
+        self.final_layer = FinalLayer(width, channels if outputs is None else outputs)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor, group: Tensor | None = None) -> Tensor:
-        """States (R, n, C) -> velocity (R, n, C) float32.
+        """States (R, n, C) -> velocity (R, n, C) float32, or other `outputs`.
 
         Args:
             t: (R,), of one scale; or (R, S) with `group` (n,): the scale of each token, which sees its own alone.

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varkit.entities import group_of
 from varkit.layers.cache import KVCache
 from varkit.layers.llama import RMSNorm, Rotary
 from varkit.layout import Grid
@@ -41,7 +42,7 @@ def heads_of(dim: int, num_heads: int) -> int:
 
 def block_mask(sizes: Sequence[int]) -> Tensor:
     """(L, L) bool: each token sees its own group and all groups before it. Args: sizes: of the groups, in order."""
-    group = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    group = group_of(sizes)
     return group[:, None] >= group[None]
 
 

@@ -1,4 +1,6 @@
-"""Training generators of latents on a frozen autoencoder: whatever a step predicts, a token, a set, a cell or a scale.
+"""Training generators of entities on a frozen autoencoder: whatever a step predicts, a token, a set, a cell or a scale.
+
+They are generators of latents, and `EntityAR`, which may predict ids too.
 
 As in the releases of MAR, FlowAR and xAR, latents are drawn from the autoencoder's posterior whenever an image is seen,
 and the autoencoder computes in float32 whatever the precision of the run.
@@ -26,7 +28,7 @@ class Config(GeneratorConfig):
     """A generator and how it learns; `GeneratorConfig` has what all generators share."""
 
     name: Literal["next-entity"] = "next-entity"
-    model: str  # a registered generator of latents; a new one gets its sizes from the tokenizer
+    model: str  # a registered generator of latents or of entities; a new one gets its sizes from the tokenizer
     image_size: int | None = None  # side of the images, where the tokenizer can code several; None: its own
 
     def __post_init__(self) -> None:
@@ -34,7 +36,7 @@ class Config(GeneratorConfig):
         if self.any_variant:
             names = ("input_masking", "alignment", "self_generated", "mixed_prediction")
             given = next(n for n in names if getattr(self, n) is not None)
-            raise ConfigError(f"objective.{given} changes how ids are predicted; next-entity trains on latents")
+            raise ConfigError(f"objective.{given} is for next-token and next-scale; next-entity has no such variant")
 
 
 class Training(GeneratorTraining):
@@ -67,11 +69,11 @@ class Training(GeneratorTraining):
 
     def sizes(self, tokenizer: Any) -> dict[str, Any]:
         """Those of the tokenizer's sizes that the generator's constructor takes."""
-        layout = tokenizer.layout
-        if layout.codebook_size is not None:
+        layout, taken = tokenizer.layout, signature(self.kind.__init__).parameters
+        if layout.codebook_size is not None and not (isinstance(layout.codebook_size, int) and "predictive" in taken):
             raise ConfigError(
-                f"objective.tokenizer: {self.config.tokenizer} has {layout.describe()}; next-entity trains on latents, "
-                f"such as those of kl16.in1k or of an AutoencoderKL of diffusers"
+                f"objective.tokenizer: {self.config.tokenizer} has {layout.describe()}; {self.config.model} is trained "
+                f"on latents, such as those of kl16.in1k or of an AutoencoderKL of diffusers"
             )
         known = {
             "grid": list(layout.grids[-1]),
@@ -79,21 +81,22 @@ class Training(GeneratorTraining):
             "num_tokens": layout.length,
             "latent_dim": layout.dim,
         }
-        taken = signature(self.kind.__init__).parameters
+        if layout.codebook_size is not None:
+            known["codebook_size"] = layout.codebook_size
         return {name: value for name, value in known.items() if name in taken}
 
     def check_codes(self, codes: CodeInfo) -> None:
         super().check_codes(codes)
-        if not codes.moments:
+        if not codes.moments and codes.token_layout.codebook_size is None:
             self.notes.append(
                 f"{codes.source}: each latent was drawn once, when it was coded; `varkit tokenize --moments` makes "
                 f"token files from which it is drawn anew each time"
             )
 
     def tokens(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
-        """Latents (B, L, C) float32, drawn from the posterior; or those of token files."""
-        if "tokens" in batch:
-            return batch["tokens"]
+        """Latents (B, L, C) float32, drawn from the posterior; or those of token files; or ids, where they are read."""
+        if "tokens" in batch or self.model.layout.codebook_size is not None:
+            return super().tokens(batch, rng)
         images = batch["images"].float()
         with torch.autocast(images.device.type, enabled=False):
             return self.frozen("tokenizer").encode(images, rng).float()

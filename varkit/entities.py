@@ -1,0 +1,113 @@
+"""What one step of an autoregressive model over latents draws: the five entities of xAR (arXiv 2502.20388, Algorithm 1)
+and how they may be seen in training.
+
+| entity | tokens |
+|---|---|
+| token | one position |
+| cell | a block of neighbouring positions |
+| subsample | positions evenly spaced over the whole grid |
+| scale | the whole picture at one size, coarse to fine |
+| image | everything at once |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from varkit.layout import Grid, square_grids
+
+Entity = Literal["token", "cell", "subsample", "scale", "image"]
+ContextNoise = Literal["independent", "clean", "increasing", "decreasing"]
+"""The times at which the entities before are noised in training: drawn independently, or sorted so that noise increases
+or decreases with the order; or `clean`: none."""
+
+CONTEXT_NOISES = ("independent", "clean", "increasing", "decreasing")
+
+
+def halves(grid: Grid) -> tuple[Grid, ...]:
+    """The grid and what halving leaves of it, coarse to fine."""
+    grids = [tuple(grid)]
+    while max(grids[0]) > 1:
+        grids.insert(0, tuple(max(1, side // 2) for side in grids[0]))
+    return tuple(grids)
+
+
+def entities(
+    grid: Grid,
+    entity: Entity = "cell",
+    size: int | Sequence[int] | None = None,
+    scales: Sequence[int | Sequence[int]] | None = None,
+) -> tuple[tuple[Grid, ...], list[Tensor]]:
+    """How latents are cut: the grids of their tokens, and the positions (n,) of each entity, in order of prediction.
+
+    Args:
+        grid: (h, w) of the latent.
+        size: of a cell, its side or (height, width) in tokens; of a subsample, how many tokens a side.
+        scales: of entity scale, the sides; None halves the grid again and again.
+    Raises: ValueError when there is no such entity, or it does not divide the grid.
+    """
+    height, width = grid
+    every = torch.arange(height * width)
+    if entity == "scale":
+        grids = halves((height, width)) if scales is None else square_grids(scales)
+        if grids[-1] != (height, width):
+            raise ValueError(f"the last of the scales must be the whole latent, {height}x{width}; got {scales}")
+        if len(grids) < 2:
+            raise ValueError(
+                f"entity scale needs two scales or more, such as those of a LatentPyramid; got {grids}. One scale is "
+                f"entity image"
+            )
+        return grids, list(torch.arange(sum(h * w for h, w in grids)).split([h * w for h, w in grids]))
+    if entity == "token":
+        return ((height, width),), list(every.split(1))
+    if entity == "image":
+        return ((height, width),), [every]
+    if entity not in ("cell", "subsample"):
+        raise ValueError(f"entity must be token, cell, subsample, scale or image; got {entity!r}")
+    if size is None:
+        raise ValueError(f"a {entity} needs its size (entity_size)")
+    down, across = (size, size) if isinstance(size, int) else size
+    if down < 1 or across < 1 or height % down or width % across:
+        raise ValueError(f"a {entity} of {down}x{across} does not divide a latent of {height}x{width}")
+    if entity == "cell":
+        cut = every.view(height // down, down, width // across, across).permute(0, 2, 1, 3)
+    else:
+        cut = every.view(down, height // down, across, width // across).permute(1, 3, 0, 2)
+    return ((height, width),), list(cut.reshape(-1, down * across))
+
+
+def group_of(sizes: Sequence[int]) -> Tensor:
+    """(L,) int64: the entity of each token, in the order of prediction. Args: sizes: tokens of each entity."""
+    return torch.tensor([i for i, size in enumerate(sizes) for _ in range(size)], device="cpu")
+
+
+def check_context_noise(name: str) -> None:
+    """Raises ValueError unless it is a `ContextNoise`."""
+    if name not in CONTEXT_NOISES:
+        raise ValueError(
+            f"context_noise must be {', '.join(CONTEXT_NOISES[:-1])} or {CONTEXT_NOISES[-1]}; got {name!r}"
+        )
+
+
+def sorted_times(t: Tensor, noise: ContextNoise) -> Tensor:
+    """Times (B, E), 1 being noise, in the order that a `ContextNoise` asks for."""
+    if noise in ("increasing", "decreasing"):
+        return t.sort(1, descending=noise == "decreasing").values
+    return t
+
+
+def entity_losses(error: Tensor, sizes: Sequence[int], weight: Tensor | float | None = None) -> dict[str, Tensor]:
+    """What a loss over entities reports.
+
+    Args:
+        error: (B, L), of each token in the order of prediction.   sizes: tokens of each entity, in order.
+        weight: of each token, a number or (B, L) in that order; None is 1 / L.
+    Returns: loss; loss_first and loss_last, the means over the first and the last entity.
+    """
+    loss = error.mean() if weight is None else (error * weight).sum(1).mean()
+    error = error.detach()
+    return {"loss": loss, "loss_first": error[:, : sizes[0]].mean(), "loss_last": error[:, -sizes[-1] :].mean()}

@@ -1,0 +1,193 @@
+"""Heads for entities of any kind: ids, or latents drawn by a flow or a diffusion, token by token or together.
+
+All answer to the same two calls: `losses` of the true tokens of all entities at once, and `predictive` of one entity.
+The network of latents is either MAR's residual MLP, which draws each token by itself (`token`), or FlowAR's small
+transformer, which draws the tokens of an entity together (`entity`).
+
+Sources: Li et al., arXiv 2406.11838 (MLP, diffusion); Ren et al., arXiv 2412.15205 (transformer, flow).
+
+Shapes: R rows (2 B with guidance), L tokens of all entities, E entities, n tokens of one, D width of the vectors z that
+the backbone gives, C latent channels, V codebook size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varkit.entities import group_of
+from varkit.heads.categorical import Categorical
+from varkit.heads.diffusion import Denoiser, Diffusion, noise_losses
+from varkit.heads.flow import Flow, SigmaKind, add_noise, draw_sigma
+from varkit.heads.flow_transformer import FlowHead
+from varkit.heads.gaussian import STEPS
+from varkit.interfaces import Losses, Predictive
+from varkit.layers.modulated import TimeEmbedding
+from varkit.rng import Draw, Rng
+
+PredictiveKind = Literal["categorical", "flow", "diffusion"]
+Network = Literal["token", "entity"]
+
+
+class CategoricalHead(nn.Module):
+    """Logits over a codebook; tokens of an entity are drawn independently of each other."""
+
+    def __init__(self, context: int, codebook_size: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(context, codebook_size)
+
+    def losses(self, z: Tensor, tokens: Tensor, positions: Tensor, rng: Rng) -> Losses:
+        """Cross entropy `error` and whether the likeliest id is right, `hit`: (B, L) float32.
+
+        Args: z: (B, L, D).   tokens: (B, L) ids.   positions, rng: not read.
+        """
+        logits = self.linear(z).float()
+        error = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+        return {"error": error, "hit": (logits.detach().argmax(-1) == tokens).float()}
+
+    def predictive(self, z: Tensor, where: Tensor, guided: bool) -> Predictive:
+        """Args: z: (R, n, D), with guidance those without a condition below.   where: not read."""
+        logits = self.linear(z).float()
+        return Categorical(*logits.chunk(2)) if guided else Categorical(logits)
+
+
+class LatentHead(nn.Module):
+    """Noised tokens, times and vectors -> what a flow or a diffusion predicts of them.
+
+    Args:
+        channels: C.   outputs: numbers predicted a token.   context: D.   width, depth: of the network.
+        network: `token` or `entity`, see the module.   places: (L, 2), row and column of each token.
+        sizes: tokens of each entity, in order.   repeats: draws of noise and time in a training step, for one pass of
+            the backbone.
+    Raises: ValueError on another network or no draw.
+    """
+
+    sizes: Sequence[int]
+    group: Tensor
+
+    def __init__(
+        self,
+        channels: int,
+        outputs: int,
+        context: int,
+        width: int,
+        depth: int,
+        network: Network,
+        places: Tensor,
+        sizes: Sequence[int],
+        repeats: int = 1,
+    ) -> None:
+        super().__init__()
+        if network not in ("token", "entity"):
+            raise ValueError(f"the network of a head is token or entity; got {network!r}")
+        if repeats < 1:
+            raise ValueError(f"head_repeats must be at least 1; got {repeats}")
+        self.channels, self.repeats, self.sizes = channels, repeats, sizes
+        self.together = network == "entity"
+        self.register_buffer("group", group_of(sizes).to(places.device), persistent=False)  # L
+        self.net: Denoiser | FlowHead
+        if self.together:
+            self.net = FlowHead(channels, context, width, depth, False, places, outputs)
+        else:
+            self.net = Denoiser(channels, context, width, depth, outputs)
+
+    def ask(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor, group: Tensor | None = None) -> Tensor:
+        """(R, n, outputs) float32.
+
+        Args:
+            x: (R, n, C).   t: (R,) in [0, 1]; or with `group` (n,), (R, E), of token i number group[i].
+            z: (R, n, D).   where: (n,), turns of the tokens.
+        """
+        if isinstance(self.net, FlowHead):
+            return self.net(x, t, z, where, group)
+        each = t[:, None] if group is None else t[:, group]
+        return self.net(x, TimeEmbedding.index(each).float(), z)
+
+    def draws(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys of the times of a training step, (T,), and the time of each token, (L,): one an entity where its tokens
+        are drawn together, else one a token."""
+        if self.together:
+            return torch.arange(len(self.sizes)), self.group
+        return positions, torch.arange(len(positions), device=positions.device)
+
+
+class EntityFlow(LatentHead):
+    """A rectified flow; see `LatentHead`. Args: sigma: how the times of training are drawn, see `draw_sigma`."""
+
+    def __init__(self, channels: int, context: int, sigma: SigmaKind, **network: object) -> None:
+        super().__init__(channels, channels, context, **network)  # type: ignore[arg-type]
+        self.sigma: SigmaKind = sigma
+
+    def losses(self, z: Tensor, tokens: Tensor, positions: Tensor, rng: Rng) -> Losses:
+        """Squared `error` of the velocity, (B, L) float32, the mean of all draws.
+
+        Args: z: (B, L, D).   tokens: (B, L, C).   positions: (L,), the keys of the random numbers.
+        """
+        keys, group = self.draws(positions)
+        where, errors = torch.arange(len(positions), device=z.device), []
+        for repeat in range(self.repeats):
+            t = draw_sigma(rng, keys, kind=self.sigma, step=repeat).to(z.device)
+            noise = rng.normal(positions, Draw.NOISE, step=repeat, count=self.channels).to(tokens)
+            v = self.ask(add_noise(tokens, noise, t[:, group]), t, z, where, group)
+            errors.append((v - (noise - tokens).float()).square().mean(-1))
+        return {"error": torch.stack(errors).mean(0)}
+
+    def predictive(self, z: Tensor, where: Tensor, guided: bool) -> Predictive:
+        """Args: z: (R, n, D), with guidance those without a condition below.   where: (n,), turns of the tokens."""
+        batch = len(z) // 2 if guided else len(z)
+
+        def alone(x: Tensor, t: Tensor) -> Tensor:
+            return self.ask(x, t, z[:batch], where)
+
+        def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            cond, uncond = self.ask(torch.cat([x, x]), torch.cat([t, t]), z, where).chunk(2)
+            return cond, uncond
+
+        return Flow(alone, self.channels, both if guided else None)
+
+
+class EntityDiffusion(LatentHead):
+    """The Gaussian diffusion of MAR, noise and variance learned; see `LatentHead`."""
+
+    def __init__(self, channels: int, context: int, **network: object) -> None:
+        super().__init__(channels, 2 * channels, context, **network)  # type: ignore[arg-type]
+
+    def losses(self, z: Tensor, tokens: Tensor, positions: Tensor, rng: Rng) -> Losses:
+        """Squared error of the noise plus the bound's term that teaches the variance: `error` (B, L) float32; and the
+        former alone, `mse`. Args: as `EntityFlow.losses`."""
+        keys, group = self.draws(positions)
+        where, errors, squares = torch.arange(len(positions), device=z.device), [], []
+        for repeat in range(self.repeats):
+            t = (rng.uniform(keys, Draw.SIGMA, step=repeat) * STEPS).long().to(z.device)  # B T
+            noise = rng.normal(positions, Draw.NOISE, step=repeat, count=self.channels).to(tokens)
+            at = t[:, group].flatten()
+
+            def ask(x: Tensor, t: Tensor = t) -> Tensor:
+                return self.ask(x.view_as(tokens), self.times(t), z, where, group).flatten(0, 1)
+
+            square, bound = noise_losses(ask, tokens.flatten(0, 1), at, noise.flatten(0, 1))
+            errors.append((square + bound).view(tokens.shape[:2]))
+            squares.append(square.detach().view(tokens.shape[:2]))
+        return {"error": torch.stack(errors).mean(0), "mse": torch.stack(squares).mean(0)}
+
+    def predictive(self, z: Tensor, where: Tensor, guided: bool) -> Predictive:
+        """Args: z: (R, n, D), with guidance those without a condition below.   where: (n,), turns of the tokens."""
+        batch = len(z) // 2 if guided else len(z)
+
+        def denoise(x: Tensor, t: Tensor) -> Tensor:
+            return self.ask(x, self.times(t).flatten().expand(len(x)), z[:batch], where)
+
+        def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            cond, without = self.ask(torch.cat([x, x]), self.times(t).flatten().expand(len(z)), z, where).chunk(2)
+            return cond, without
+
+        return Diffusion(denoise, self.channels, pair if guided else None, z)
+
+    @staticmethod
+    def times(t: Tensor) -> Tensor:
+        """Indices of the trained process -> the middles of their thousandths, which the network reads whole."""
+        return (t + 0.5) / STEPS

@@ -233,7 +233,7 @@ def test_images_of_another_size_where_the_tokenizer_can(tmp_path: Path) -> None:
     [
         ({"model": "kl16"}, "kl16 is a tokenizer; next-entity trains a generator"),
         ({"model": "var_fashion"}, "predicts ids; next-entity trains generators of latents"),
-        ({"tokenizer": "fashion-var"}, "next-entity trains on latents, such as those of kl16.in1k"),
+        ({"tokenizer": "fashion-var"}, "toy_flow is trained on latents, such as those of kl16.in1k"),
         ({"gradient_checkpointing": True}, "ToyFlow has none"),
         ({"input_masking": {}}, "input_masking is for next-token and next-scale"),
         ({"sampling": {"head_steps": 0}}, "head_steps must be at least 1"),

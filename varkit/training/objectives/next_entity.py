@@ -63,9 +63,11 @@ class Training(GeneratorTraining):
 
     def open_tokenizer(self) -> Any:
         """The tokenizer of the configuration, or what the generator puts around it, such as scales around a VAE."""
+        tokenizer = open_tokenizer(self.config.tokenizer, image_size=self.config.image_size)
+        grid = {"grid": list(tokenizer.layout.grids[-1])} if "grid" in signature(self.kind.__init__).parameters else {}
         with torch.device("meta"):
-            model: Any = registry.model_entry(self.config.model).build(**self.config.model_overrides)
-        return model.tokenizer_for(open_tokenizer(self.config.tokenizer, image_size=self.config.image_size))
+            model: Any = registry.model_entry(self.config.model).build(**grid | self.config.model_overrides)
+        return model.tokenizer_for(tokenizer)
 
     def sizes(self, tokenizer: Any) -> dict[str, Any]:
         """Those of the tokenizer's sizes that the generator's constructor takes."""

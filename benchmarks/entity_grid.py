@@ -83,12 +83,6 @@ Data = Annotated[str, typer.Option(help="The images.")]
 Out = Annotated[Path, typer.Option(help="Folder of all runs.")]
 LATENTS, IDS, SCALES = "runs/fashion_kl_unit", "fashion-llamagen", "fashion-var"
 DATA, OUT = "fashion-mnist", "runs/entity_grid"
-    "runs/fashion_kl_unit",
-    "fashion-llamagen",
-    "fashion-var",
-    "fashion-mnist",
-    "runs/entity_grid",
-)
 
 
 @app.command()

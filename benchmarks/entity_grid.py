@@ -57,7 +57,7 @@ def overrides_of(name: str, tokenizer: Any) -> dict[str, Any]:
     wanted = parameters(**SIZES, **ENTITIES["cell"])
     choices = [
         {**own, "hidden_size": hidden, "depths": [depth // 2, depth - depth // 2]}
-        for hidden, depth in product(range(48, 145, 16), range(2, 13))
+        for hidden, depth in product((64, 80), range(3, 11))
     ]
     return min(choices, key=lambda sizes: abs(parameters(**sizes, **of_ids) - wanted))
 

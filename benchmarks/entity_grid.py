@@ -43,7 +43,8 @@ def names() -> list[str]:
 
 
 def overrides_of(name: str, tokenizer: Any) -> dict[str, Any]:
-    """Constructor arguments of a pair, such that its parameters are as many as those of cell-flow on a KL-VAE."""
+    """Constructor arguments of a pair, such that its parameters are as many as those of cell-flow on a KL-VAE, or as near
+    as whole blocks come."""
     entity, predictive = name.split("-")
     own = {**SIZES, **ENTITIES[entity], "predictive": predictive}
     own["context_noise"] = (
@@ -55,10 +56,7 @@ def overrides_of(name: str, tokenizer: Any) -> dict[str, Any]:
     of_ids = {"grid": list(layout.grids[-1]), "latent_dim": layout.dim, "codebook_size": layout.codebook_size}
     of_ids |= {"scales": [list(grid) for grid in layout.grids]} if entity == "scale" else {}
     wanted = parameters(**SIZES, **ENTITIES["cell"])
-    choices = [
-        {**own, "hidden_size": hidden, "depths": [depth // 2, depth - depth // 2]}
-        for hidden, depth in product((64, 80), range(3, 11))
-    ]
+    choices = [{**own, "depths": [depth // 2, depth - depth // 2]} for depth in range(4, 9)]
     return min(choices, key=lambda sizes: abs(parameters(**sizes, **of_ids) - wanted))
 
 

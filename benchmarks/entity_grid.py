@@ -43,8 +43,7 @@ def names() -> list[str]:
 
 
 def overrides_of(name: str, tokenizer: Any) -> dict[str, Any]:
-    """Constructor arguments of a pair, such that its parameters are as many as those of cell-flow on a KL-VAE, or as near
-    as whole blocks come."""
+    """Constructor arguments of a pair; its parameters are as many as those of cell-flow, or as near as blocks come."""
     entity, predictive = name.split("-")
     own = {**SIZES, **ENTITIES[entity], "predictive": predictive}
     own["context_noise"] = (

@@ -66,7 +66,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         guidance_interval: first and last guided group, counted from 0. None is all.
         guidance_times: lowest and highest time t of a flow at which guidance is on, 1 being noise. None is all.
         guidance_every: k: within a group the unconditional branch runs in each k-th guided step of the head alone;
-            its difference from the conditional one is kept in between (`varkit.samplers.branches`). 1 is exact.
+            its difference from the conditional one is foretold in between (`varkit.samplers.branches`). 1 is exact.
         num_steps: of groups, where the generator can take several numbers; None is its own.
         head_steps: of the integration of a group; of a diffusion also how they are spaced, such as "ddim50", see
             `varkit.heads.gaussian.Spacing`.   head_steps_last: of the last group; between them the number falls

@@ -133,7 +133,8 @@ class BestOf:
         """
         left = torch.arange(len(labels), device=labels.device)
         best = torch.full((len(labels),), -1.0, device=labels.device)
-        chosen, scores = torch.zeros_like(labels), [[] for _ in range(len(labels))]  # type: list[list[float]]
+        chosen = torch.zeros_like(labels)
+        scores: list[list[float]] = [[] for _ in range(len(labels))]
         kept, taken = torch.empty(0), Counter[str]()
         for number in range(self.num):
             tokens, counts = one(left, rng.candidate(number)[left])
@@ -145,7 +146,8 @@ class BestOf:
             if number == 0:
                 kept = new.clone()
             better = found > best[left]
-            kept[left[better]], best[left[better]], chosen[left[better]] = new[better], found[better], number
+            rows = left[better]
+            kept[rows], best[rows], chosen[rows] = new[better], found[better], number
             taken.update({**counts, "candidates": len(left)})
             if self.accept is not None:
                 left = left[~(found >= self.accept)]

@@ -44,7 +44,7 @@ def find_classifier(name: str | Path) -> Path:
 
 
 def open_judge(classifier: str | Path | nn.Module) -> Any:
-    """A classifier by name or folder, ready to be asked; one that is open, without dropout. Raises: as `find_classifier`."""
+    """A classifier by name or folder, or one that is open, ready to be asked. Raises: as `find_classifier`."""
     if isinstance(classifier, nn.Module):
         return classifier.eval()
     return ImageClassifier.from_pretrained(find_classifier(classifier)).eval()

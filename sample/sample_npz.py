@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from varkit.cli import open_pipeline, refusing, say
+from varkit.commands.common import open_pipeline, refusing, say
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -26,10 +26,12 @@ GROUND = {
     "hub",
     "model_card",
     "metrics.report",
+    "metrics.classifier",
 }
-"""Modules all may import. A card needs a report, which is plain data, and every model can be pushed with its card."""
+"""Modules all may import. A card needs a report, which is plain data, and every model can be pushed with its card. A
+classifier is a network that knows nothing of metrics."""
 
-PARTS = GROUND | {"layers", "heads.flow", "samplers.ode"}
+PARTS = GROUND | {"layers", "heads.flow", "samplers.ode", "samplers.branches"}
 MODELS = PARTS | {"tokenizers", "heads", "conditioning", "generators", "samplers"}
 FILES_AROUND = MODELS | {"checkpoints", "data", "pipelines", "metrics"}
 MAY_IMPORT: dict[str, set[str]] = {
@@ -43,10 +45,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "registry": {"config"},
     "pictures": set(),
     "metrics.report": set(),
+    "metrics.classifier": set(),
     "model_card": {"metrics.report"},
     "hub": {"metrics.report", "model_card"},
     "samplers.ode": set(),  # plain functions of tensors: flow decoders of tokenizers integrate too
-    "heads.flow": {"interfaces", "rng", "samplers.ode"},
+    "samplers.branches": {"samplers.ode"},
+    "heads.flow": {"interfaces", "rng", "samplers.ode", "samplers.branches"},
     "layers": GROUND,
     "tokenizers": PARTS,
     "heads": PARTS,

@@ -49,6 +49,7 @@ class Draw(IntEnum):
     CORRUPT = 71  # which tokens are replaced by random ones in training, and by which
     DENOISE = 80  # the noise that each step of a diffusion adds
     SOLVER_NOISE = 90  # the noise that a stochastic solver adds in its steps
+    CANDIDATE = 95  # deriving the seeds of further candidates for the same image
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
@@ -117,6 +118,13 @@ class Rng:
     def __getitem__(self, rows: slice | Tensor) -> Self:
         """The random numbers of some of the images."""
         return type(self)(self.seeds[rows])
+
+    def candidate(self, number: int) -> Rng:
+        """The random numbers of another draw of the same images; number 0 is these themselves."""
+        if number == 0:
+            return self
+        words = self.bits(torch.tensor([number], device=self.seeds.device), Draw.CANDIDATE)[:, 0]  # B 4
+        return Rng((words[:, 0] << 32) | words[:, 1])
 
     def bits(self, positions: Tensor, kind: int, step: int = 0, blocks: int = 1) -> Tensor:
         """(B, n, 4 * blocks) int64 words in [0, 2**32) for `positions` (n,) or (B, n)."""

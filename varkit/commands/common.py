@@ -31,3 +31,27 @@ def refusing(function: Callable[..., None]) -> Callable[..., None]:
 
 def say(text: str) -> None:
     typer.echo(text, err=True)
+
+
+def numbers(text: str | None, option: str, kind: type[Any]) -> list[Any]:
+    """`1,1.5,2` -> numbers."""
+    try:
+        return [kind(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"{option} {text!r} must be numbers separated by commas, such as 1,2,4") from None
+
+
+def open_pipeline(name: str, device: str, dtype: str) -> Any:
+    """Any pipeline by name, on its device. Raises ValueError on another dtype; as `AutoPipeline.from_pretrained`."""
+    import torch
+    from diffusers.utils.logging import disable_progress_bar
+
+    from varkit.pipelines.auto import AutoPipeline, best_device
+
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
+    disable_progress_bar()  # the parts of a pipeline load in a moment
+    pipeline = AutoPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+    pipeline.to(best_device() if device == "auto" else torch.device(device))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from varkit.heads.gaussian import Spacing, ancestral, backward, diffuse, process, variational_bound
 from varkit.interfaces import Predictive, Processor
 from varkit.rng import Draw, Rng
+from varkit.samplers.branches import EveryKth
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """x (B, n, C) and t, indices of the trained process that broadcast over (B, n), -> (B, n, 2C): noise, then variance."""
@@ -186,6 +187,7 @@ class Diffusion(Predictive):
         dim: C.
         pair: both branches in one call; needed for guidance.
         hidden: the states that it was made of; in a guided batch those without a condition lie below.
+        branches: of a guided diffusion, what `denoise` asks for both branches.
     Attributes, of the last `sample`:
         calls: how often the network was asked.
         mean, std: (B, n, C), of the last step, at which no noise is added: std is what it would have had.
@@ -193,30 +195,41 @@ class Diffusion(Predictive):
     """
 
     def __init__(
-        self, denoise: Denoise, dim: int, pair: DenoisePair | None = None, hidden: Tensor | None = None
+        self,
+        denoise: Denoise,
+        dim: int,
+        pair: DenoisePair | None = None,
+        hidden: Tensor | None = None,
+        branches: EveryKth | None = None,
     ) -> None:
-        self.denoise, self.dim, self.pair, self.hidden = denoise, dim, pair, hidden
+        self.denoise, self.dim, self.pair, self.hidden, self.branches = denoise, dim, pair, hidden, branches
         self.calls = 0
         self.mean = self.std = self.log_std_sum = torch.empty(0)
 
-    def guide(self, scale: float | Tensor) -> Diffusion:
+    @property
+    def null_calls(self) -> int:
+        """How many of the `calls` were for the branch without a condition too."""
+        return 0 if self.branches is None else self.branches.calls
+
+    def guide(self, scale: float | Tensor, every: int = 1) -> Diffusion:
         """uncond + scale * (cond - uncond) of the noise; the variance stays the conditional one, as in the release.
 
-        Both branches see the same x. Args: scale: 1 is off; or (n,).
+        Both branches see the same x. Args: scale: 1 is off; or (n,).   every: k, the unconditional branch runs in each
+        k-th step, see `EveryKth`.
         Raises: ValueError when there is no unconditional branch.
         """
         if isinstance(scale, int | float) and scale == 1:
             return Diffusion(self.denoise, self.dim, hidden=self.hidden)
         if self.pair is None:
             raise ValueError("guidance needs an unconditional branch: pass null= to start()")
-        pair = self.pair
+        branches = EveryKth(self.pair, self.denoise, every)
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
-            (noise, share), (null, _) = (out.chunk(2, -1) for out in pair(x, t))
+            (noise, share), (null, _) = (out.chunk(2, -1) for out in branches(x, t))
             w = scale.to(noise)[:, None] if isinstance(scale, Tensor) else scale
             return torch.cat([torch.lerp(null, noise, w), share], -1)
 
-        return Diffusion(guided, self.dim, hidden=self.hidden)
+        return Diffusion(guided, self.dim, hidden=self.hidden, branches=branches)
 
     def sample(
         self,
@@ -248,8 +261,12 @@ class Diffusion(Predictive):
         x = rng.normal(positions, Draw.NOISE, step=step, count=self.dim)  # B n C
         noises = step_noise(rng, positions, step, self.dim, len(steps) - 1) if solver == "ancestral" else iter(())
         self.calls, self.log_std_sum = 0, torch.zeros_like(x)
+        if self.branches is not None:
+            self.branches.begin()
         for index in reversed(range(len(steps))):
             c = steps.at(index)
+            if self.branches is not None:
+                self.branches.step = self.calls
             t = x.new_full((1, 1), float(steps.indices[index]))
             at = backward(c, x, self.denoise(x, t))
             self.calls += 1

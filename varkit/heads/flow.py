@@ -15,7 +15,18 @@ from torch import Tensor
 
 from varkit.interfaces import Predictive, Processor
 from varkit.rng import Draw, Rng
-from varkit.samplers.ode import Guidance, Interval, Pair, Scale, Velocity, classifier_free, guided, integrate
+from varkit.samplers.branches import EveryKth
+from varkit.samplers.ode import (
+    Guidance,
+    Interval,
+    Pair,
+    Scale,
+    Velocity,
+    classifier_free,
+    find_solver,
+    guided,
+    integrate,
+)
 
 SigmaKind = Literal["uniform", "logit-normal", "mode"]
 
@@ -71,18 +82,31 @@ class Flow(Predictive):
         velocity: of the conditional branch alone.
         dim: C.
         pair: both branches in one call; needed for guidance.
-    Attributes: calls: how often `sample` asked the network.
+        branches: of a guided flow, what `velocity` asks for both branches.
+    Attributes: calls: how often the last `sample` asked the network.
     """
 
-    def __init__(self, velocity: Velocity, dim: int, pair: Pair | None = None) -> None:
-        self.velocity, self.dim, self.pair = velocity, dim, pair
+    def __init__(
+        self, velocity: Velocity, dim: int, pair: Pair | None = None, branches: EveryKth | None = None
+    ) -> None:
+        self.velocity, self.dim, self.pair, self.branches = velocity, dim, pair, branches
         self.calls = 0
 
+    @property
+    def null_calls(self) -> int:
+        """How many of the `calls` were for the branch without a condition too."""
+        return 0 if self.branches is None else self.branches.calls
+
     def guide(  # type: ignore[override]
-        self, scale: Scale, guidance: Guidance = classifier_free, interval: Interval | None = None
+        self,
+        scale: Scale,
+        guidance: Guidance = classifier_free,
+        interval: Interval | None = None,
+        every: int = 1,
     ) -> Flow:
         """Args: scale: 1 is off; (n,), or a function of t, see `Scale`.   guidance: the rule, such as APG.   interval:
-            the times t at which it is on, None for all; at the others the conditional branch runs alone.
+            the times t at which it is on, None for all; at the others the conditional branch runs alone.   every: k,
+            the unconditional branch runs in each k-th of these steps, see `EveryKth`.
 
         Raises: ValueError when there is no unconditional branch, or on a bad interval.
         """
@@ -90,7 +114,8 @@ class Flow(Predictive):
             return Flow(self.velocity, self.dim)
         if self.pair is None:
             raise ValueError("guidance needs an unconditional branch")
-        return Flow(guided(self.pair, scale, guidance, interval, self.velocity), self.dim)
+        branches = EveryKth(self.pair, self.velocity, every)
+        return Flow(guided(branches, scale, guidance, interval, self.velocity), self.dim, branches=branches)
 
     def sample(
         self,
@@ -113,9 +138,13 @@ class Flow(Predictive):
             raise ValueError("a flow has no logits to process")
         if temperature != 1:
             raise ValueError(f"a flow has no temperature (1 is neutral); got {temperature:g}")
-        self.calls = 0
+        self.calls, calls_a_step = 0, find_solver(solver).calls
+        if self.branches is not None:
+            self.branches.begin()
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
+            if self.branches is not None:
+                self.branches.step = self.calls // calls_a_step
             self.calls += 1
             return self.velocity(x, t)
 

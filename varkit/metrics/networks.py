@@ -145,11 +145,9 @@ BUILDERS: dict[str, Callable[[dict[str, Tensor], Protocol, torch.device], Any]] 
 
 def classifier_network(folder: str | Path | None, device: torch.device) -> FeatureNetwork:
     """A classifier that `varkit train` made; None: the one shipped with fashion-var."""
-    from varkit.pipelines.auto import ZOO
+    from varkit.pipelines.best_of import find_classifier
 
-    path = Path(folder) if folder is not None else ZOO / "fashion-var" / "classifier"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"no classifier in {path}: expected a folder that `varkit train` wrote (config.json)")
+    path = find_classifier("fashion-var" if folder is None else folder)
     model = ImageClassifier.from_pretrained(path).eval().to(device)
     file = next(iter(sorted(path.glob("*.safetensors"))))
 

@@ -19,6 +19,8 @@ from varkit.metrics.reference import Reference, holds_images, is_statistics, rea
 from varkit.metrics.sets import ImageSet, Size, stored_set, tensor_set
 from varkit.pictures import to_uint8
 from varkit.pipelines.auto import AutoPipeline, find_folder
+from varkit.pipelines.best_of import NAMES as BEST_OF
+from varkit.pipelines.best_of import BestOf, judge_name
 from varkit.rng import Rng
 
 
@@ -66,6 +68,10 @@ def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device
         return draw(pipeline, indices, wanted, seed=rule.seed, rule=protocol.images.quantise, **settings).cpu()
 
     used = {k: v for k, v in pipeline.sampler.settings(**settings).items() if v is not None}
+    if chosen := {k: settings[k] for k in BEST_OF if settings.get(k) is not None}:
+        chooser = BestOf(pipeline, chosen.get("best_of", 1), chosen.get("classifier"), chosen.get("accept"))
+        used |= chosen | {"classifier": judge_name(chosen["classifier"])}
+        settings["classifier"] = chooser.judge  # opened once, not for every batch
     return ImageSet(
         name=name,
         source=name,
@@ -152,6 +158,8 @@ def open_generated(
             settings = fixed | ({"guidance_scale": w} if w else {}) | ({"num_tokens": n} if n else {})
             one = model_set(pipeline, name, protocol, device, **settings)
             title = f"{name}, guidance {one.settings['guidance_scale']:g}"
+            if "classifier" in one.settings:
+                title += f", best of {one.settings.get('best_of', 1)} by {one.settings['classifier']}"
             sets.append(replace(one, name=title if n is None else f"{title}, {n} tokens"))
     elif guidance or lengths or any(v is not None for v in sampling.values()):
         raise ValueError(f"{source} is no model (a shipped name or a pipeline folder): there is nothing to sample")

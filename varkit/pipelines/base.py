@@ -34,12 +34,15 @@ class ImageOutput(BaseOutput):
     """`images`: a list of PIL images; (B, H, W, 3) float in [0, 1]; (B, 3, H, W) in [0, 1]; or tokens.
 
     `class_labels` of a class pipeline, `prompts` of a text pipeline: one an image; None where there are none.
+    `scores`, `chosen` with `best_of`: the probability of the class for every candidate of an image, and which is kept.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     class_labels: list[int] | None
     stats: dict[str, Any]
     prompts: list[str] | None = None
+    scores: list[list[float]] | None = None
+    chosen: list[int] | None = None
 
 
 class ImagePipeline(HubMixin, DiffusionPipeline):
@@ -87,6 +90,16 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
 
+    def check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Those of `settings` that are not None. Raises ValueError on one that the sampler does not know."""
+        given = {k: v for k, v in settings.items() if v is not None}
+        if unknown := sorted(given.keys() - self.sampler.settings().keys()):
+            raise ValueError(
+                f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
+                f"{', '.join(self.sampler.settings())}"
+            )
+        return given
+
     @torch.no_grad()
     def draw(
         self,
@@ -104,12 +117,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         Args: settings: of the sampler; None is its own default.
         Raises: ValueError on a setting that this sampler does not know.
         """
-        given = {k: v for k, v in settings.items() if v is not None}
-        if unknown := sorted(given.keys() - self.sampler.settings().keys()):
-            raise ValueError(
-                f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
-                f"{', '.join(self.sampler.settings())}"
-            )
+        given = self.check_settings(settings)
         bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, known=known, **given))
 
         def on_step(info: Any) -> None:
@@ -142,13 +150,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
 
         Args: rng: of tokenizers that decode from noise; None is the same noise for each image.
         """
-        images = self.image_tokenizer.decode(tokens, rng).float().mul(0.5).add(0.5)  # B 3 H W in [0, 1]
-        if output_type == "pt":
-            return images
-        array = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "np":
-            return array
-        return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
+        return as_output(self.image_tokenizer.decode(tokens, rng).float().mul(0.5).add(0.5), output_type)
 
     def known_part(
         self,
@@ -175,6 +177,16 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         with torch.no_grad():
             given = tokenizer.encode(pixels)
         return given, keep_pyramid(tokenizer.layout, kept).to(pixels.device)
+
+
+def as_output(images: Tensor, output_type: str) -> Any:
+    """(B, 3, H, W) in [0, 1] as "pt", "np" or "pil"."""
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    if output_type == "np":
+        return array
+    return [Image.fromarray(a) for a in (array * 255).round().astype(np.uint8)]
 
 
 def make_rng(

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from varkit.conditioning.label import LabelCondition
 from varkit.config import nearest
 from varkit.interfaces import Cond
-from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, make_rng
+from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, as_output, make_rng
+from varkit.pipelines.best_of import BestOf, Choice
 from varkit.pipelines.edit import Box
 from varkit.rng import Draw, Rng
 from varkit.samplers.next_group import Known
@@ -80,6 +82,9 @@ class ClassToImagePipeline(ImagePipeline):
         min_p: float | None = None,
         guidance_schedule: str | None = None,
         num_inference_steps: int | None = None,
+        best_of: int = 1,
+        classifier: str | Path | nn.Module | None = None,
+        accept: float | None = None,
         known: Known | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -96,6 +101,8 @@ class ClassToImagePipeline(ImagePipeline):
             temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
             num_inference_steps: the sampler's `num_steps`.
             sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
+            best_of, classifier, accept: draw so many candidates of each image and keep the one that the classifier is
+                surest of; see `BestOf`. `stats` then holds sums over the candidates.
             known: tokens to keep; see `edit`.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",
@@ -116,25 +123,52 @@ class ClassToImagePipeline(ImagePipeline):
         else:
             ids = torch.tensor(self.label_ids(labels)).repeat_interleave(num_images_per_prompt)
             cond = condition.encode(class_labels=ids).to(device)
-        images, stats = self.draw(
-            cond,
-            condition.null(cond),
-            rng,
-            known=known,
-            output_type=output_type,
-            callback=callback_on_step_end,
-            guidance_scale=guidance_scale,
-            guidance_schedule=guidance_schedule,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            num_steps=num_inference_steps,
+        settings = {
+            "callback": callback_on_step_end,
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "num_steps": num_inference_steps,
             **sampling,
-        )
+        }
+        labels = cond.labels.tolist()
+        if best_of == 1 and classifier is None and accept is None:
+            images, stats = self.draw(cond, condition.null(cond), rng, known=known, output_type=output_type, **settings)
+            return ImageOutput(images=images, class_labels=labels, stats=stats) if return_dict else (images,)
+        chooser = BestOf(self, best_of, classifier, accept)
+        chooser.check_labels(labels)
+        images, choice = self.draw_best(chooser, cond, condition.null(cond), rng, known, output_type, **settings)
         if not return_dict:
             return (images,)
-        return ImageOutput(images=images, class_labels=cond.labels.tolist(), stats=stats)
+        return ImageOutput(
+            images=images, class_labels=labels, stats=choice.stats, scores=choice.scores, chosen=choice.chosen
+        )
+
+    def draw_best(
+        self,
+        chooser: BestOf,
+        cond: Cond,
+        null: Cond,
+        rng: Rng,
+        known: Known | None,
+        output_type: str,
+        **settings: Any,
+    ) -> tuple[Any, Choice]:
+        """As `draw`, the chosen one of several candidates for each row, and what they scored and took."""
+
+        def one(rows: Tensor, numbers: Rng) -> tuple[Tensor, dict[str, Any]]:
+            some = known
+            if known is not None:
+                tokens, keep = known
+                some = (tokens[rows], keep if keep.dim() == 1 else keep.expand(len(tokens), -1)[rows])
+            return self.draw(cond[rows], null[rows], numbers, known=some, output_type="latent", **settings)
+
+        latent = output_type == "latent"
+        kept, choice = chooser.draw(one, lambda x, own: self.to_images(x, "pt", own), cond.labels, rng, latent)
+        return kept if latent else as_output(kept, output_type), choice
 
     def edit(
         self,

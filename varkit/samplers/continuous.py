@@ -17,14 +17,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.heads.categorical import Categorical
+from varkit.heads.diffusion import SOLVERS as DIFFUSION_SOLVERS
 from varkit.heads.diffusion import Diffusion
 from varkit.heads.flow import Flow
 from varkit.heads.gaussian import spaced
 from varkit.interfaces import Cond, Generator, Predictive, Tokenizer
 from varkit.rng import Rng
+from varkit.samplers.branches import check_guidance_every
 from varkit.samplers.guidance import guidance_interval, guidance_schedule
 from varkit.samplers.next_group import Known, SamplerOutput
-from varkit.samplers.ode import time_interval
+from varkit.samplers.ode import SOLVERS, time_interval
 
 
 @dataclass
@@ -42,9 +44,14 @@ class ContinuousStep:
 
 @dataclass
 class ContinuousOutput(SamplerOutput):
-    """`tokens` (B, L, C) float32; `head_calls`: evaluations of the flow or diffusion, of guided batches as one."""
+    """`tokens` (B, L, C) float32; what the flow or diffusion took, besides the `network_calls` of the generator.
+
+    `head_calls`: its evaluations, those of both branches as one; `null_calls`: how many of them were of both. So
+    head_calls + null_calls rows were evaluated for each image.
+    """
 
     head_calls: int = 0
+    null_calls: int = 0
 
 
 class ContinuousSampler(SchedulerMixin, ConfigMixin):
@@ -58,6 +65,8 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             so (`guidance_by = "tokens"`, as MAR), over the share of tokens, see `token_progress`.
         guidance_interval: first and last guided group, counted from 0. None is all.
         guidance_times: lowest and highest time t of a flow at which guidance is on, 1 being noise. None is all.
+        guidance_every: k: within a group the unconditional branch runs in each k-th guided step of the head alone;
+            its difference from the conditional one is foretold in between (`varkit.samplers.branches`). 1 is exact.
         num_steps: of groups, where the generator can take several numbers; None is its own.
         head_steps: of the integration of a group; of a diffusion also how they are spaced, such as "ddim50", see
             `varkit.heads.gaussian.Spacing`.   head_steps_last: of the last group; between them the number falls
@@ -79,6 +88,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         head_steps_last: int | None = None,
         solver: str | None = None,
         temperature: float = 1.0,
+        guidance_every: int = 1,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -90,6 +100,10 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         guidance_interval(merged["guidance_interval"])
         if merged["guidance_times"] is not None:
             merged["guidance_times"] = time_interval(merged["guidance_times"])
+        check_guidance_every(merged["guidance_every"])
+        known = dict.fromkeys([*SOLVERS, *DIFFUSION_SOLVERS])
+        if merged["solver"] is not None and merged["solver"] not in known:
+            raise ValueError(f"solver must be one of {', '.join(known)}; got {merged['solver']!r}")
         if isinstance(merged["head_steps"], str):
             spaced(merged["head_steps"])
             if merged["head_steps_last"] is not None:
@@ -149,7 +163,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             running.record(tokens, positions)
             put(every, positions, tokens)
 
-        decided, calls = 0, 0
+        decided, calls, null_calls = 0, 0, 0
         if known is not None and before is not None and before.numel():
             record(take(known[0], before).to(every), before)
             decided = before.shape[1]
@@ -161,19 +175,20 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             strength = 1.0
             if w != 1:
                 strength = strength_at(settings, step, len(groups), decided, transformer)
-                over = settings["guidance_times"]
-                predictive = predictive.guide(strength, **({} if over is None else {"interval": over}))
+                more = {"interval": settings["guidance_times"], "every": settings["guidance_every"]}
+                predictive = predictive.guide(strength, **{k: v for k, v in more.items() if v not in (None, 1)})
             if isinstance(head_steps, int):
                 head_steps = steps_of(step, len(groups), head_steps, settings["head_steps_last"])
             options = {"solver": settings["solver"]} if settings["solver"] is not None else {}
             predicted = predictive.sample(
                 rng, positions, num_steps=head_steps, temperature=settings["temperature"], **options
             )
-            calls += predictive.calls
+            calls, null_calls = calls + predictive.calls, null_calls + predictive.null_calls
             record(predicted if known is None else keep_known(predicted, known, positions), positions)
             if on_step is not None:
                 on_step(ContinuousStep(step, len(groups), positions, predicted, every, predictive, strength))
-        return ContinuousOutput(every, len(groups), len(groups), time.perf_counter() - began, calls)
+        seconds = time.perf_counter() - began
+        return ContinuousOutput(every, len(groups), len(groups), seconds, calls, null_calls)
 
 
 def check_predictive(predictive: Predictive, name: str, settings: dict[str, Any]) -> None:

@@ -216,13 +216,16 @@ def euler_maruyama(velocity: Velocity, x: Tensor, grid: list[float], noise: Nois
 
 @dataclass(frozen=True)
 class Solver:
+    """`calls`: of the velocity, in each step but the last, which may take fewer."""
+
     step: Callable[[Velocity, Tensor, list[float], Noise | None], Tensor]
     grid: Callable[[int], list[float]]
+    calls: int = 1
 
 
 SOLVERS = {
     "euler": Solver(euler, times),
-    "heun": Solver(heun, times),
+    "heun": Solver(heun, times, calls=2),
     "euler-jump": Solver(euler, jump_times),
     "sde": Solver(euler_maruyama, sde_times),
 }

@@ -21,8 +21,8 @@ from typing import Annotated, Any
 import typer
 
 Row = dict[str, Any]
-"""One measurement. Seconds are of a whole batch; `head` is None where the backbone is the flow. `groups` are those whose
-networks were run, and how many there are; `steps` likewise, of the flow or the diffusion."""
+"""One measurement. Seconds are of a whole batch; `head` is None where the backbone is the flow. `groups`: in how many
+networks were run, and how many there are; `steps`: likewise, of the flow or the diffusion."""
 
 HEAD = f"{'':<26}{'batch':>5}{'ms/image':>12}{'speed':>8}{'backbone':>10}{'calls':>7}{'head':>7}{'calls':>7}{'rest':>6}"
 
@@ -39,8 +39,8 @@ def line(row: Row) -> str:
 
 
 class Probe:
-    """Stands in for a model's `predict` while a batch is drawn: times the backbone (`predict`) and each evaluation of the
-    flow or the diffusion, counts calls, and leaves networks out where they are not to be run.
+    """Stands in for a model's `predict` while a batch is drawn: times the backbone (`predict`) and each evaluation of
+    the flow or the diffusion, counts calls, and leaves networks out where they are not to be run.
 
     Args: groups, steps: in how many of each network are run; None is all.   expected: steps of a group.
     """

@@ -16,6 +16,12 @@ from varkit.samplers.continuous import ContinuousSampler, put, steps_of, take
 from varkit.tokenizers.kl_vae import KLVAE
 
 
+class Nothing(State):
+    def rewind(self, count: int) -> None: ...
+
+    def reset(self) -> None: ...
+
+
 class Toy(Generator):
     """Position p of class c is drawn at c + p / 10 + what was read before; without a class at -1."""
 
@@ -37,7 +43,7 @@ class Toy(Generator):
 
     def start(self, cond: Cond, null: Cond | None = None) -> State:
         self.cond, self.guided, self.seen = cond, null is not None, []
-        return None  # type: ignore[return-value]
+        return Nothing()
 
     def predict(self, state: Any, inputs: Tensor, positions: Tensor) -> Flow:
         goal = (self.cond.labels[:, None] + positions / 10)[..., None] + 0.0 * inputs

@@ -218,6 +218,10 @@ class State(ABC):
     def reset(self) -> None:
         """Forget all positions; the condition stays."""
 
+    def expect_guidance(self, on: bool) -> None:  # noqa: B027 - no duty: most states keep both branches in a cache
+        """Whether the predictions from here on will be guided. Where nothing is cached, the unconditional branch can be
+        left out meanwhile."""
+
 
 class Generator(ABC):
     """Predicts tokens group by group. `schedule` is the paper's flavour; `predict` runs the network."""

@@ -177,12 +177,14 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         where = torch.arange(state.length, state.length + inputs.shape[1], device=inputs.device)
         z, _ = self.vectors_of(inputs, state.vectors, where, cache=state.cache)
         batch = len(z) // 2 if state.guided else len(z)
+        context = self.flownet.context(z, where)
+        part = context.rows(batch)
 
         def alone(x: Tensor, t: Tensor) -> Tensor:
-            return self.flownet(x, t, z[:batch], where)
+            return self.flownet(x, t, z[:batch], where, context=part)
 
         def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            cond, uncond = self.flownet(torch.cat([x, x]), torch.cat([t, t]), z, where).chunk(2)
+            cond, uncond = self.flownet(torch.cat([x, x]), torch.cat([t, t]), z, where, context=context).chunk(2)
             return cond, uncond
 
         return Flow(alone, self.layout.dim, both if state.guided else None)

@@ -101,10 +101,12 @@ class MARState(State):
     """The tokens decided so far and in what order; nothing is cached, for every step reads all of them anew.
 
     Args: tokens: (B, L, D).   labels: (B,), or (2B,) with those without a class below.   places: p^2.
+        times: (1000, W) of the head, see `DiffusionHead.times`.
     """
 
-    def __init__(self, tokens: Tensor, labels: Tensor, guided: bool, places: int) -> None:
-        self.tokens, self.labels, self.guided, self.places = tokens, labels, guided, places
+    def __init__(self, tokens: Tensor, labels: Tensor, places: int, times: Tensor) -> None:
+        self.tokens, self.labels, self.places, self.times = tokens, labels, places, times
+        self.guided = len(labels) > len(tokens)
         self.order = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
         self.length = 0
 
@@ -120,6 +122,9 @@ class MARState(State):
 
     def reset(self) -> None:
         self.length = 0
+
+    def expect_guidance(self, on: bool) -> None:
+        self.guided = on and len(self.labels) > len(self.tokens)
 
 
 # ---- the model ----------------------------------------------------------------------------------------------------
@@ -255,7 +260,7 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """Tokens (B, L, D) of which those at `visible` (B, k) are read, and classes (B, W) -> (B, S + k, W)."""
         size, table = self.config.buffer_size, self.encoder_pos_embed_learned[0]
         read = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[2]))
-        x = self.z_proj(read.to(self.dtype)) + table[size + visible]
+        x = self.z_proj(read.to(self.z_proj.weight.dtype)) + table[size + visible]
         buffer = classes[:, None] + table[:size]
         x = self.z_proj_ln(torch.cat([buffer.to(x.dtype), x], 1))
         for block in self.encoder_blocks:
@@ -329,7 +334,7 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     def start(self, cond: Cond, null: Cond | None = None) -> MARState:
         device = self.positions.device
         tokens = torch.zeros(len(cond), self.length, self.places * self.layout.dim, device=device)
-        return MARState(tokens, cond.beside(null).labels.to(device), null is not None, self.places)
+        return MARState(tokens, cond.beside(null).labels.to(device), self.places, self.diffloss.times())
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Diffusion:
         """`inputs` are not read: what was appended is. `positions` (n,) or (B, n) are whole tokens, as `groups` gives
@@ -338,11 +343,11 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         tokens, visible = state.tokens, state.visible
         if state.guided:
             tokens, visible = tokens.repeat(2, 1, 1), visible.repeat(2, 1)
-        z = self(tokens, visible, state.labels)
+        z = self(tokens, visible, state.labels[: len(tokens)])
         wanted = self._tokens_of(positions).expand(len(state.tokens), -1).repeat(len(z) // len(state.tokens), 1)
         z = z.gather(1, wanted[..., None].expand(-1, -1, z.shape[2]))
         cond, *null = z.split(len(state.tokens))
-        return self.diffloss.diffusion(cond, null[0] if null else None, self.places)
+        return self.diffloss.diffusion(cond, null[0] if null else None, self.places, state.times)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Record latents (B, n, C) at `positions` (n,) or (B, n), whole tokens as `groups` gives them."""

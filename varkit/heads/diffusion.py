@@ -1,7 +1,7 @@
 """The diffusion predictive and its head: a small network that denoises each token by itself (MAR's DiffLoss).
 
 Sources: Li et al., arXiv 2406.11838; LTH14/mar: models/diffloss.py (fe470ac); the process is `varkit.heads.gaussian`.
-What differs: noise is keyed by token; the condition is embedded once a token, the time once a step.
+What differs: noise is keyed by token; the condition is embedded once a token, the times once for all.
 
 Shapes: B batch, n positions, N rows, C channels of a token, Z width of the condition, W width of the head.
 """
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkit.heads.gaussian import Spacing, ancestral, backward, diffuse, process, variational_bound
+from varkit.heads.gaussian import STEPS, Spacing, ancestral, backward, diffuse, process, variational_bound
 from varkit.interfaces import Predictive, Processor
 from varkit.rng import Draw, Rng
 from varkit.samplers.branches import EveryKth
@@ -130,17 +130,26 @@ class DiffusionHead(nn.Module):
         """See `noise_losses`. Args: z: (N, Z).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999."""
         return noise_losses(lambda x: self.net(x, t, z), data, t, noise)
 
-    def diffusion(self, z: Tensor, null: Tensor | None = None, places: int = 1) -> Diffusion:
+    def times(self) -> Tensor:
+        """(1000, W): what each index of the trained process is embedded as, for `diffusion`."""
+        return self.net.time_embed(torch.arange(STEPS, device=self.net.input_proj.weight.device))
+
+    def diffusion(
+        self, z: Tensor, null: Tensor | None = None, places: int = 1, times: Tensor | None = None
+    ) -> Diffusion:
         """The predictive of tokens with hidden states z (B, m, Z), and without a condition null (B, m, Z).
 
-        Args: places: positions that a token of the network holds, in turn: n = m * places, and the network has
-            places * C channels.
+        Args:
+            places: positions that a token of the network holds, in turn: n = m * places, and the network has
+                places * C channels.
+            times: what `times` gave, where many groups are drawn; None embeds the time of each step anew.
         """
         hidden = z if null is None else torch.cat([z, null])
         embedded = self.net.cond_embed(hidden)
 
         def ask(x: Tensor, t: Tensor, condition: Tensor) -> Tensor:
-            out = self.net.denoise(fold(x, places), self.net.time_embed(t) + condition)
+            time = self.net.time_embed(t) if times is None else times[t.long()]
+            out = self.net.denoise(fold(x, places), time + condition)
             return out if places == 1 else torch.cat([unfold(half, places) for half in out.chunk(2, -1)], -1)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:

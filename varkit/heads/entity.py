@@ -12,8 +12,8 @@ the backbone gives, C latent channels, V codebook size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from varkit.entities import group_of
 from varkit.heads.categorical import Categorical
 from varkit.heads.diffusion import Denoiser, Diffusion, noise_losses
 from varkit.heads.flow import Flow, SigmaKind, add_noise, draw_sigma
-from varkit.heads.flow_transformer import FlowHead
+from varkit.heads.flow_transformer import Context, FlowHead
 from varkit.heads.gaussian import STEPS
 from varkit.interfaces import Losses, Predictive
 from varkit.layers.modulated import TimeEmbedding
@@ -95,17 +95,43 @@ class LatentHead(nn.Module):
         else:
             self.net = Denoiser(channels, context, width, depth, outputs)
 
-    def ask(self, x: Tensor, t: Tensor, z: Tensor, where: Tensor, group: Tensor | None = None) -> Tensor:
+    def ask(
+        self,
+        x: Tensor,
+        t: Tensor,
+        z: Tensor,
+        where: Tensor,
+        group: Tensor | None = None,
+        context: Context | None = None,
+    ) -> Tensor:
         """(R, n, outputs) float32.
 
         Args:
             x: (R, n, C).   t: (R,) in [0, 1]; or with `group` (n,), (R, E), of token i number group[i].
-            z: (R, n, D).   where: (n,), turns of the tokens.
+            z: (R, n, D).   where: (n,), turns of the tokens.   context: of a transformer, see `FlowHead.context`.
         """
         if isinstance(self.net, FlowHead):
-            return self.net(x, t, z, where, group)
+            return self.net(x, t, z, where, group, context)
         each = t[:, None] if group is None else t[:, group]
         return self.net(x, TimeEmbedding.index(each).float(), z)
+
+    def branches(
+        self, z: Tensor, where: Tensor, guided: bool
+    ) -> tuple[Callable[..., Tensor], Callable[..., Any] | None]:
+        """The network of one entity as functions of x (B, n, C) and t (B,): with the condition, and both branches at
+        once. What no time changes is computed here. Args: as `predictive`."""
+        batch = len(z) // 2 if guided else len(z)
+        whole = self.net.context(z, where) if isinstance(self.net, FlowHead) else None
+        part = None if whole is None else whole.rows(batch)
+
+        def alone(x: Tensor, t: Tensor) -> Tensor:
+            return self.ask(x, t, z[:batch], where, context=part)
+
+        def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            cond, null = self.ask(torch.cat([x, x]), torch.cat([t, t]), z, where, context=whole).chunk(2)
+            return cond, null
+
+        return alone, both if guided else None
 
     def draws(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys of the times of a training step, (T,), and the time of each token, (L,): one an entity where its tokens
@@ -138,16 +164,8 @@ class EntityFlow(LatentHead):
 
     def predictive(self, z: Tensor, where: Tensor, guided: bool) -> Predictive:
         """Args: z: (R, n, D), with guidance those without a condition below.   where: (n,), turns of the tokens."""
-        batch = len(z) // 2 if guided else len(z)
-
-        def alone(x: Tensor, t: Tensor) -> Tensor:
-            return self.ask(x, t, z[:batch], where)
-
-        def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            cond, uncond = self.ask(torch.cat([x, x]), torch.cat([t, t]), z, where).chunk(2)
-            return cond, uncond
-
-        return Flow(alone, self.channels, both if guided else None)
+        alone, both = self.branches(z, where, guided)
+        return Flow(alone, self.channels, both)
 
 
 class EntityDiffusion(LatentHead):
@@ -176,14 +194,13 @@ class EntityDiffusion(LatentHead):
 
     def predictive(self, z: Tensor, where: Tensor, guided: bool) -> Predictive:
         """Args: z: (R, n, D), with guidance those without a condition below.   where: (n,), turns of the tokens."""
-        batch = len(z) // 2 if guided else len(z)
+        alone, both = self.branches(z, where, guided)
 
         def denoise(x: Tensor, t: Tensor) -> Tensor:
-            return self.ask(x, self.times(t).flatten().expand(len(x)), z[:batch], where)
+            return alone(x, self.times(t).flatten().expand(len(x)))
 
-        def pair(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            cond, without = self.ask(torch.cat([x, x]), self.times(t).flatten().expand(len(z)), z, where).chunk(2)
-            return cond, without
+        def pair(x: Tensor, t: Tensor) -> Any:
+            return None if both is None else both(x, self.times(t).flatten().expand(len(x)))
 
         return Diffusion(denoise, self.channels, pair if guided else None, z)
 

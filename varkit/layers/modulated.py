@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from varkit.entities import group_of
 from varkit.layers.cache import KVCache
-from varkit.layers.llama import RMSNorm, Rotary
+from varkit.layers.llama import RMSNorm, Rotary, turn
 from varkit.layout import Grid
 
 EPS = 1e-6
@@ -101,15 +101,15 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Rotary,
-        where: Tensor,
+        by: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Tensor:
-        """where: (n,), rows of the rotary table.   mask: bool, True is seen; None is everything."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # B n H D/H each
-        q, k, v = rotary(q, where).transpose(1, 2), rotary(k, where).transpose(1, 2), v.transpose(1, 2)
+        """by: what `Rotary.at` gave.   mask: bool, True is seen; None is everything."""
+        qkv = self.qkv(x).unflatten(-1, (3 * self.num_heads, -1)).transpose(1, 2)  # B 3H n D/H
+        qk, v = qkv.split((2 * self.num_heads, self.num_heads), 1)
+        q, k = turn(qk.transpose(1, 2), by).transpose(1, 2).chunk(2, 1)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         dropout = self.attention_dropout if self.training else 0.0
@@ -132,18 +132,20 @@ class ModulatedBlock(nn.Module):
         self,
         x: Tensor,
         cond: Tensor,
-        rotary: Rotary,
-        where: Tensor,
+        by: Tensor,
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
         group: Tensor | None = None,
     ) -> Tensor:
-        """x: (B, n, D).   cond: (B, n, D), (B, 1, D) for all tokens, or (B, E, D) with `group` (n,): whose is whose."""
+        """x: (B, n, D).   by: see `Attention`.
+
+        cond: (B, n, D), (B, 1, D) for all tokens, or (B, E, D) with `group` (n,): whose is whose.
+        """
         six = self.ada_lin(cond)  # of E vectors, before they are spread over the tokens
         six = six if group is None else six[:, group]
         gamma1, gamma2, scale1, scale2, shift1, shift2 = six.chunk(6, -1)
-        x = x + gamma1 * self.attn(modulate(x, scale1, shift1), rotary, where, mask, cache, layer)
+        x = x + gamma1 * self.attn(modulate(x, scale1, shift1), by, mask, cache, layer)
         return x + gamma2 * self.mlp(modulate(x, scale2, shift2))
 
 
@@ -195,13 +197,13 @@ class Trunk(nn.Module):
 
         Args: x: (B, n, D).   cond, mask, cache, group: see `ModulatedBlock`.   where: (n,), turns of the tokens.
         """
-        hidden, layer = x, 0
+        hidden, layer, by = x, 0, self.rotary.at(where)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned[:, where])
         for stack in (self.encoder_blocks, self.decoder_blocks):
             if stack is self.decoder_blocks:
                 x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, where]
             for block in stack:
-                given = (x, cond, self.rotary, where, mask, cache, layer, group)
+                given = (x, cond, by, mask, cache, layer, group)
                 checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
                 x = self._gradient_checkpointing_func(block, *given) if checkpointed else block(*given)
                 layer += 1

@@ -168,13 +168,13 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             record(take(known[0], before).to(every), before)
             decided = before.shape[1]
         for step, positions in enumerate(groups):
-            predictive: Any = transformer.predict(state, running.inputs(positions), positions)
             decided += positions.shape[-1]
+            strength = 1.0 if w == 1 else strength_at(settings, step, len(groups), decided, transformer)
+            state.expect_guidance(strength != 1)
+            predictive: Any = transformer.predict(state, running.inputs(positions), positions)
             head_steps = settings["head_steps"]
             check_predictive(predictive, type(transformer).__name__, settings)
-            strength = 1.0
             if w != 1:
-                strength = strength_at(settings, step, len(groups), decided, transformer)
                 more = {"interval": settings["guidance_times"], "every": settings["guidance_every"]}
                 predictive = predictive.guide(strength, **{k: v for k, v in more.items() if v not in (None, 1)})
             if isinstance(head_steps, int):

@@ -137,7 +137,7 @@ class Probe:
         self.model.predict = self.predict
         try:
             began = time.perf_counter()
-            draw().cpu()
+            draw().tokens.cpu()
             if self.on_cuda:
                 torch.cuda.synchronize()
             return time.perf_counter() - began
@@ -240,15 +240,16 @@ def measure(name: str, batches: list[int], repeats: int, cut: tuple[int | None, 
     sampler, rows = ContinuousSampler(), list[Row]()
 
     def run(what: str, batch: int, changes: dict[str, Any]) -> None:
-        chosen = {**settings, **changes}
         labels = torch.arange(batch, device=device) * 7 % model.num_classes
         null = Cond(torch.full_like(labels, model.num_classes))
         given = (tokenizer, model, Cond(labels), Rng.from_seed(0, batch).to(device), null)
         found = []
         for turn in range(repeats + 1):
-            groups, steps = (2, 1) if turn == 0 else cut  # the first warms up
+            (groups, steps), chosen = cut, {**settings, **changes}
+            if turn == 0:  # warms up
+                groups, steps, chosen = 2, 1, {**chosen, "head_steps": 2, "head_steps_last": None}
             probe = Probe(model, groups, steps, chosen["head_steps"], count)
-            wall = probe.watch(lambda: sampler.generate(*given, **chosen).tokens)
+            wall = probe.watch(partial(sampler.generate, *given, **chosen))
             if probe.faults or len(probe.memory) > 1:
                 moved = ["keys and values moved"] if len(probe.memory) > 1 else []
                 raise RuntimeError("; ".join([*sorted(probe.faults), *moved]))

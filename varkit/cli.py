@@ -14,6 +14,7 @@ import typer
 import varkit
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
+from varkit.commands import trajectories as of_trajectories
 from varkit.commands.common import Device, Dtype, Json, refusing, say
 
 app = typer.Typer(
@@ -95,6 +96,9 @@ def sample(
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
+    teacher_start: Annotated[
+        int | None, typer.Option(min=0, help="Of a distilled model that has its teacher: what it draws anew from.")
+    ] = None,
     more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
@@ -152,6 +156,7 @@ def sample(
         "more_smooth": more_smooth,
         "num_tokens": tokens,
         "order": order,
+        "teacher_start": teacher_start,
         "head_steps": first,
         "head_steps_last": last,
     }
@@ -476,6 +481,7 @@ def tokenize(
 
 app.command()(of_features.features)
 app.command()(of_latents.latents)
+app.command()(of_trajectories.trajectories)
 
 
 @app.command()

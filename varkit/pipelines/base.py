@@ -87,6 +87,10 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
 
+    def helpers(self) -> dict[str, Any]:
+        """What the sampler is given besides the parts that every sampler takes."""
+        return {}
+
     @torch.no_grad()
     def draw(
         self,
@@ -131,6 +135,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 null=null,
                 known=known,
                 on_step=on_step,
+                **self.helpers(),
                 **given,
             )
         images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)

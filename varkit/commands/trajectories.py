@@ -20,9 +20,7 @@ def trajectories(
     num: Annotated[int, typer.Option(min=1, help="Trajectories in all, classes in turn.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the noise; another one for a validation set.")] = 0,
     guidance: Annotated[float | None, typer.Option(help="Of the teacher; the student has it built in.")] = None,
-    schedule: Annotated[
-        str | None, typer.Option(help="Guidance over steps: constant, linear, cosine, late, ...")
-    ] = None,
+    schedule: Annotated[str | None, typer.Option(help="Guidance over steps: constant, linear, ...")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the teacher.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Of the teacher.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Of the teacher.")] = None,

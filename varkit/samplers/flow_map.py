@@ -82,7 +82,7 @@ def possible_codes(log_probs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor,
     Where most codes are possible all are kept, (..., V) and (V, C), and no ids: one matrix for all positions is faster.
     """
     count = int((log_probs > -torch.inf).sum(-1).max())
-    if 8 * count > log_probs.shape[-1]:
+    if 16 * count > log_probs.shape[-1]:
         return log_probs, codebook, None
     kept, ids = log_probs.topk(count, dim=-1)
     return kept, codebook[ids], ids

@@ -94,8 +94,7 @@ class Training(Objective):
         if config.perceptual_weight:
             self.freeze("lpips", self._lpips())
         self.max_steps = 1
-        pipeline = self._pipeline()  # settings that the sampler does not know are refused now, not at the end
-        pipeline.sampler.count_steps(self.model, num_steps=1 if config.sampling.get("teacher_start") is None else None)
+        self._pipeline().sampler.count_steps(self.model)  # what the sampler cannot do is refused now, not at the end
 
     def _build(self, teacher: Any) -> Student:
         kind, c = STUDENTS[type(teacher)], self.config
@@ -111,8 +110,8 @@ class Training(Objective):
     def _lpips(self) -> nn.Module:
         if min(self.image_size) < SMALLEST_SIDE:
             raise ConfigError(
-                f"objective.perceptual_weight: LPIPS needs images of at least {SMALLEST_SIDE} pixels a side; these have "
-                f"{min(self.image_size)}. Use pixels_weight"
+                f"objective.perceptual_weight: LPIPS needs images of at least {SMALLEST_SIDE} pixels a side, these "
+                f"have {min(self.image_size)}; use pixels_weight"
             )
         found = find_lpips(self.config.lpips)
         if found is None:

@@ -209,9 +209,7 @@ def test_a_student_is_saved_and_opened_and_written_as_released(name: str, tmp_pa
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in again.state_dict().items())
     wrapped = {"ema": to_official(student)} if "llamagen" in name else {"trainer": {"ema_parameters": {}}}
     if "var" in name:  # averaged weights lack the constant buffers, raw ones lie beside them
-        state = to_official(
-            create_model(name, **{**model_entry(name).tiny, "scales": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)})
-        )
+        state = to_official(create_model(name, **{**model_entry(name).tiny, "scales": SCALES_256}))
         kept = {k: v for k, v in state.items() if not k.endswith(("lvl_1L", "masking", "zero_k_bias"))}
         wrapped = {"trainer": {"ema_parameters": kept, "var_wo_ddp": {k: v * 0 for k, v in state.items()}}}
     torch.save(wrapped, tmp_path / "student.pth")

@@ -98,13 +98,14 @@ class DistilledLlamaGen(Student, HubMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02) -> None:
-        """Linear and Embedding weights normal with `std`, biases and `output` zero."""
+        """Linear and Embedding weights normal with `std`; biases, `output` and the continuous head's Linear zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.final_layer_conti.linear.weight)
 
     @property
     def blocks(self) -> Any:

@@ -107,9 +107,10 @@ class DistilledVAR(Student, HubMixin, ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """As `VAR.init_weights`; `n_d_embed` normal with a deviation of 0.02."""
+        """As `VAR.init_weights`; `n_d_embed` normal with a deviation of 0.02; the continuous head answers zero."""
         initialise(self)
         nn.init.normal_(self.n_d_embed.weight, std=0.02)
+        nn.init.zeros_(self.final_layer_conti.linear.weight)
 
     @classmethod
     @torch.no_grad()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
 from varkit.data.trajectories import TrajectoryInfo
-from varkit.generators.distilled import Prediction, Student
+from varkit.generators.distilled import Prediction
 from varkit.generators.distilled_llamagen import DistilledLlamaGen
 from varkit.generators.distilled_var import DistilledVAR
 from varkit.generators.llamagen import LlamaGen
@@ -96,7 +96,7 @@ class Training(Objective):
         self.max_steps = 1
         self._pipeline().sampler.count_steps(self.model)  # what the sampler cannot do is refused now, not at the end
 
-    def _build(self, teacher: Any) -> Student:
+    def _build(self, teacher: Any) -> Any:
         kind, c = STUDENTS[type(teacher)], self.config
         if c.init_from is not None:
             return open_transformer(c.init_from, kind, **c.model_overrides)[0].float()

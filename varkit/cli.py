@@ -15,6 +15,7 @@ import varkit
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
 from varkit.commands import sample as of_sample
+from varkit.commands import trajectories as of_trajectories
 from varkit.commands.common import Device, Dtype, Json, numbers, refusing, say
 
 app = typer.Typer(
@@ -325,6 +326,7 @@ def tokenize(
 
 app.command()(of_features.features)
 app.command()(of_latents.latents)
+app.command()(of_trajectories.trajectories)
 
 
 @app.command()

@@ -345,9 +345,15 @@ class Objective(nn.Module, ABC):
         Raises: ValueError when the objective cannot use them, with what to do.
         """
         raise ValueError(
-            f"{codes.source} was coded by `varkit tokenize`, but this objective reads images; give the images in "
+            f"{codes.source} was coded by `{codes.made_by}`, but this objective reads images; give the images in "
             f"data.train and data.validation. Token files are for generators: next-token, next-scale, next-entity"
         )
+
+    def check_images(self, source: str) -> None:
+        """Called before a run whose data are the images of `source`.
+
+        Raises: ValueError when the objective cannot use images, with what to do.
+        """
 
     def check_texts(self, name: str, texts: Sequence[str] | None) -> None:
         """Called before a run with the captions of each set of images, None where it has none.

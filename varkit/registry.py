@@ -20,7 +20,7 @@ from varkit.config import nearest
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["generator", "tokenizer"]
+Kind = Literal["generator", "student", "tokenizer"]
 
 _PACKAGES = ("varkit.tokenizers", "varkit.generators")
 ENTRY_POINT_GROUP = "varkit.models"
@@ -32,7 +32,7 @@ class ModelEntry:
 
     Args:
         build: called with overrides of the constructor arguments; returns the network.
-        tokenizer: for a generator, the tokenizer builder it is paired with.
+        tokenizer: for a generator or a student, the tokenizer builder it is paired with.
         tiny: overrides that make it small enough for a test of a second.
         tiny_tokenizer: overrides of the paired tokenizer that fit `tiny`.
     """

@@ -10,6 +10,7 @@ import torch
 
 from varkit.checkpoints.files import load_official, write_official
 from varkit.checkpoints.formats import format_of_model
+from varkit.generators.distilled import Student
 from varkit.interfaces import Generator
 from varkit.registry import model_class
 
@@ -58,7 +59,7 @@ def convert(
         raise ValueError(f"{to} is not empty; choose a new folder")
     model = load_official(source, **({} if grid is None else {"grid": grid})).to(getattr(torch, dtype))
     licence = format_of_model(model).release.licence
-    if isinstance(model, Generator) and tokenizer is not None:
+    if isinstance(model, Generator | Student) and tokenizer is not None:
         from varkit.pipelines.auto import assemble, load_official_tokenizer
 
         image_tokenizer = load_official_tokenizer(tokenizer, model).to(getattr(torch, dtype))

@@ -184,7 +184,8 @@ def transformer_from_official(state: StateDict) -> StateDict:
 
 def _is_transformer(key: str) -> Callable[[Mapping[str, Tensor]], bool]:
     def is_it(state: Mapping[str, Tensor]) -> bool:
-        return key in state and "layers.0.attention.wqkv.weight" in state and "tok_embeddings.weight" in state
+        keys = (key, "layers.0.attention.wqkv.weight", "tok_embeddings.weight")
+        return all(k in state for k in keys) and "n_d_embed.weight" not in state
 
     return is_it
 

@@ -146,7 +146,7 @@ def is_tokenizer(state: Mapping[str, Tensor]) -> bool:
 
 
 def is_var(state: Mapping[str, Tensor]) -> bool:
-    return "pos_1LC" in state and "word_embed.weight" in state
+    return "pos_1LC" in state and "word_embed.weight" in state and "n_d_embed.weight" not in state
 
 
 def read_tokenizer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -76,6 +76,9 @@ def sample(
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of mass p; 1 keeps all.")] = None,
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
+    teacher_start: Annotated[
+        int | None, typer.Option(min=0, help="Of a distilled model that has its teacher: what it draws anew from.")
+    ] = None,
     more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
     best_of: Annotated[
@@ -122,6 +125,7 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
         "min_p": min_p,
+        "teacher_start": teacher_start,
         "more_smooth": more_smooth,
         "num_tokens": tokens,
         "order": order,

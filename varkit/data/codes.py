@@ -121,9 +121,11 @@ class CodeSet(Dataset[dict[str, Any]]):
     Raises: ValueError when shards are missing, with how many; FileNotFoundError.
     """
 
+    info_class: ClassVar[type[CodeInfo]] = CodeInfo
+
     def __init__(self, folder: str | Path, *, random_view: bool = True, seed: int = 0) -> None:
         self.folder = Path(folder).expanduser()
-        self.info = CodeInfo.read(self.folder)
+        self.info: Any = self.info_class.read(self.folder)
         require_whole(self.folder, self.info, lambda k: shard_is_whole(self.folder, self.info, k))
         self.random_view, self.seed = random_view, seed
         self.layout, self.classes = self.info.token_layout, list(self.info.classes)

@@ -125,10 +125,14 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
+        between: Tensor | None = None,
     ) -> Tensor:
+        """between: (B, n, C) that is added after attention and before the feed-forward network (`DistilledVAR`)."""
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         h = torch.addcmul(shift1, self.norm(x), scale1)
         x = x + self.drop_path(self.attn(h, mask, cache, layer) * gamma1)
+        if between is not None:
+            x = x + between
         h = torch.addcmul(shift2, self.norm(x), scale2)
         return x + self.drop_path(self.ffn(h) * gamma2)
 
@@ -146,8 +150,50 @@ class ModulatedNorm(nn.Module):
         return torch.addcmul(shift, self.norm(x), scale + 1)
 
 
+@torch.no_grad()
+def initialise(model: Any, adaln_gain: float = 0.5, gamma_gain: float = 1e-3, head_gain: float = 0.02) -> None:
+    """Initialise a transformer of these blocks as the reference does; a second call starts afresh.
+
+    | what | value |
+    |---|---|
+    | Linear and Embedding weights, pos_start, pos_1LC | truncated normal, std sqrt(1 / (3 C)) |
+    | biases | 0 |
+    | head.weight | times head_gain |
+    | head_nm's Linear | times adaln_gain |
+    | ada_gss | normal, std sqrt(1 / C) |
+    | ada_lin rows (or ada_gss) | gammas times gamma_gain, scales and shifts times adaln_gain |
+    | attn.proj, ffn.fc2 | divided by sqrt(2 depth) |
+    """
+    std = math.sqrt(1 / model.config.hidden_size / 3)
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(model.pos_start, std=std)
+    nn.init.trunc_normal_(model.pos_1LC, std=std)
+    model.head.weight.mul_(head_gain)
+    model.head_nm.ada_lin[1].weight.mul_(adaln_gain)
+    width = model.config.hidden_size
+    for block in model.blocks:
+        block.attn.proj.weight.div_(math.sqrt(2 * len(model.blocks)))
+        block.ffn.fc2.weight.div_(math.sqrt(2 * len(model.blocks)))
+        if model.config.shared_adaln:
+            nn.init.normal_(block.ada_gss, std=width**-0.5)
+            block.ada_gss[:, :, 2:].mul_(adaln_gain)
+            block.ada_gss[:, :, :2].mul_(gamma_gain)
+        else:
+            block.ada_lin[1].weight[2 * width :].mul_(adaln_gain)
+            block.ada_lin[1].weight[: 2 * width].mul_(gamma_gain)
+
+
 class VARState(State):
-    """Cache, and all that depends on the class alone: computed once, read at every scale."""
+    """Cache, and all that depends on the class alone: computed once, read at every scale.
+
+    block_causal: whether scales that are predicted at once see only coarser ones and themselves, as in training.
+    """
+
+    block_causal = True
 
     def __init__(self, cache: KVCache, cond: Tensor, modulations: list[Modulation], guided: bool) -> None:
         self.cache, self.cond, self.modulations, self.guided = cache, cond, modulations, guided
@@ -250,41 +296,9 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         self.head = nn.Linear(hidden_size, codebook_size)
         self.init_weights()
 
-    @torch.no_grad()
     def init_weights(self, adaln_gain: float = 0.5, gamma_gain: float = 1e-3, head_gain: float = 0.02) -> None:
-        """Initialise as the reference does; a second call starts afresh.
-
-        | what | value |
-        |---|---|
-        | Linear and Embedding weights, pos_start, pos_1LC | truncated normal, std sqrt(1 / (3 C)) |
-        | biases | 0 |
-        | head.weight | times head_gain |
-        | head_nm's Linear | times adaln_gain |
-        | ada_gss | normal, std sqrt(1 / C) |
-        | ada_lin rows (or ada_gss) | gammas times gamma_gain, scales and shifts times adaln_gain |
-        | attn.proj, ffn.fc2 | divided by sqrt(2 depth) |
-        """
-        std = math.sqrt(1 / self.config.hidden_size / 3)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        nn.init.trunc_normal_(self.pos_start, std=std)
-        nn.init.trunc_normal_(self.pos_1LC, std=std)
-        self.head.weight.mul_(head_gain)
-        self.head_nm.ada_lin[1].weight.mul_(adaln_gain)
-        width = self.config.hidden_size
-        for block in self.blocks:
-            block.attn.proj.weight.div_(math.sqrt(2 * len(self.blocks)))
-            block.ffn.fc2.weight.div_(math.sqrt(2 * len(self.blocks)))
-            if self.config.shared_adaln:
-                nn.init.normal_(block.ada_gss, std=width**-0.5)
-                block.ada_gss[:, :, 2:].mul_(adaln_gain)
-                block.ada_gss[:, :, :2].mul_(gamma_gain)
-            else:
-                block.ada_lin[1].weight[2 * width :].mul_(adaln_gain)
-                block.ada_lin[1].weight[: 2 * width].mul_(gamma_gain)
+        """Initialise as the reference does; a second call starts afresh. See `initialise`."""
+        initialise(self, adaln_gain, gamma_gain, head_gain)
 
     # ---- the network --------------------------------------------------------------------------------------
 
@@ -364,13 +378,20 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return VARState(cache, vector, self.modulations(vector), guided=null is not None)
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
-        """The next scale, all at once. No mask is needed: the cache holds coarser scales only."""
+        """The next scale, all at once; several are predicted as if each input were right.
+
+        For one no mask is needed: the cache holds coarser scales only.
+        """
         assert isinstance(state, VARState)
         if state.guided:
             inputs = torch.cat([inputs, inputs])
-        x = self.embed_inputs(inputs, state.cond, state.length)
+        first, end = state.length, state.length + inputs.shape[1]
+        x, mask = self.embed_inputs(inputs, state.cond, first), None
+        one_scale = any(s.start <= first and end <= s.stop for s in self.layout.slices)
+        if state.block_causal and not one_scale:
+            mask = self.levels[first:end, None] >= self.levels[:end]
         for i, (block, modulation) in enumerate(zip(self.blocks, state.modulations, strict=True)):
-            x = block(x, modulation, cache=state.cache, layer=i)
+            x = block(x, modulation, mask, state.cache, i)
         logits = self.logits(x, state.cond)
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
 

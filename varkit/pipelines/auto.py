@@ -22,6 +22,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 
 PIPELINES = {
     "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "DistilledPipeline": "varkit.pipelines.distilled",
     "TextToImagePipeline": "varkit.pipelines.text_to_image",
 }
 
@@ -32,6 +33,7 @@ SAMPLERS = {
     "NextGroupSampler": "varkit.samplers.next_group",
     "MaskedSampler": "varkit.samplers.masked",
     "ContinuousSampler": "varkit.samplers.continuous",
+    "DistilledSampler": "varkit.samplers.distilled",
 }
 
 
@@ -208,19 +210,23 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
     Args: overrides: constructor arguments of the generator.
     """
     entry = registry.model_entry(name)
-    if entry.kind != "generator" or entry.tokenizer is None:
+    if entry.kind == "tokenizer" or entry.tokenizer is None:
         raise ValueError(f"{name} is a {entry.kind}; a pipeline is built around a generator")
     tokenizer = registry.create_model(entry.tokenizer)
     return assemble(entry.build(**overrides).eval(), tokenizer.eval(), {})
 
 
 def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
-    """A pipeline of its own kind around a generator, with the sampler that it names; `sampling`: its settings."""
+    """A pipeline of its own kind around a generator or a student. `sampling`: settings of the sampler that it names."""
+    from varkit.generators.distilled import Student
     from varkit.pipelines.class_to_image import ClassToImagePipeline
+    from varkit.pipelines.distilled import DistilledPipeline
     from varkit.pipelines.text_to_image import TextToImagePipeline
 
     sampler = getattr(import_module(SAMPLERS[transformer.sampler]), transformer.sampler)
     kind = TextToImagePipeline if transformer.condition == "text" else ClassToImagePipeline
+    if isinstance(transformer, Student):
+        kind = DistilledPipeline
     return kind(transformer, transformer.tokenizer_for(tokenizer), sampler(**sampling))
 
 

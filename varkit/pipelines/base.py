@@ -100,6 +100,10 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
             )
         return given
 
+    def helpers(self) -> dict[str, Any]:
+        """What the sampler is given besides the parts that every sampler takes."""
+        return {}
+
     @torch.no_grad()
     def draw(
         self,
@@ -139,6 +143,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 null=null,
                 known=known,
                 on_step=on_step,
+                **self.helpers(),
                 **given,
             )
         images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)

@@ -42,6 +42,9 @@ class SamplerOutput:
     seconds: float
 
 
+Draws = Callable[[Categorical, Tensor], Tensor]
+"""A filtered predictive and its positions (n,) -> ids (B, n)."""
+
 Known = tuple[Tensor, Tensor]
 """Tokens (B, L) and a bool mask (L,) or (B, L): where it is True the given token is kept."""
 
@@ -130,6 +133,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         null: Cond | None = None,
         known: Known | None = None,
         on_step: Callable[[StepInfo], None] | None = None,
+        draw: Draws | None = None,
         **changes: Any,
     ) -> SamplerOutput:
         """Sample one token sequence for each row of `cond`.
@@ -138,6 +142,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             null: the unconditional branch; needed unless guidance_scale is 1.
             known: tokens to keep: the hook of in-painting, out-painting and editing.
             on_step: called after each group.
+            draw: how ids are drawn; None is by one uniform number each.
             changes: settings to use instead of the configured ones.
         Raises: ValueError on a bad setting, or on parts with different layouts, before any work.
         """
@@ -172,7 +177,10 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
                 scale = schedule(w, step, len(groups) - 1) if first <= step <= last else 1.0
                 predictive = predictive.guide(scale)
             filtered = predictive.process(processors)
-            predicted = pick(filtered.probs(), uniform[:, positions])
+            if draw is None:
+                predicted = pick(filtered.probs(), uniform[:, positions])
+            else:
+                predicted = draw(filtered, positions)
             tokens = predicted
             if settings["more_smooth"]:
                 progress = step / max(len(groups) - 1, 1)

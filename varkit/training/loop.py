@@ -29,6 +29,7 @@ from varkit.compiler import require_compiler
 from varkit.config import ConfigError
 from varkit.data.codes import CodeSet, is_code_folder
 from varkit.data.images import ImageDataset, collate, open_images
+from varkit.data.trajectories import open_codes
 from varkit.data.transforms import ImageTransform
 from varkit.interfaces import Objective
 from varkit.pictures import grid, save_png, to_pil
@@ -214,6 +215,8 @@ class Trainer:
         for name, data in (("train", self.dataset), ("validation", self.validation)):
             if data is not None:
                 self.objective.check_texts(f"data.{name}", data.texts)
+            if isinstance(data, ImageDataset):
+                self.objective.check_images(data.source)
             if isinstance(data, CodeSet):
                 self.objective.check_codes(data.info)
                 if self.recipe.data.flip and name == "train":
@@ -224,7 +227,7 @@ class Trainer:
 
     def _open(self, source: str, split: str) -> ImageDataset | CodeSet:
         if is_code_folder(source):
-            return CodeSet(source, random_view=source == self.recipe.data.train, seed=self.loop.seed)
+            return open_codes(source, random_view=source == self.recipe.data.train, seed=self.loop.seed)
         return open_images(source, split=split, root=self.recipe.data.root)
 
     def _set_transforms(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varkit.generators.distilled import Student
 from varkit.interfaces import Generator, Objective, Tokenizer
 from varkit.training.loop import Trainer
 
@@ -84,7 +85,7 @@ def networks(trainer: Trainer) -> list[dict[str, Any]]:
 
 def tokens(objective: Objective) -> dict[str, Any] | None:
     """Of one image: those that the generator predicts, in how many groups, or that the tokenizer makes."""
-    for kind in (Generator, Tokenizer):
+    for kind in (Generator, Student, Tokenizer):
         for module in objective.modules():
             if isinstance(module, kind):
                 layout = module.layout

@@ -45,7 +45,7 @@ def _real() -> dict[str, torch.Tensor]:
 
 
 def test_what_ships_is_small_and_holds_no_code() -> None:
-    assert {"fashion-var", "fashion-llamagen", "fashion-flextok"} <= set(zoo_models())
+    assert {"fashion-var", "fashion-llamagen", "fashion-flextok", "fashion-xar", "fashion-flowar"} <= set(zoo_models())
     files = [p for p in ZOO.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") <= 50_000_000
     assert sum(p.stat().st_size for p in files if FOLDER in p.parents) <= 14_000_000
@@ -70,6 +70,8 @@ def agreement(classifier: ImageClassifier, images: torch.Tensor, labels: torch.T
 CARDS = {
     "fashion-var": (10000, "fashion_var", ("samples", "reconstructions", "curves")),
     "fashion-llamagen": (5000, "fashion_llamagen", ("samples", "reconstructions", "curves")),
+    "fashion-xar": (1000, "fashion_xar", ("samples", "reconstructions", "curves")),
+    "fashion-flowar": (1000, "fashion_flowar", ("samples", "reconstructions", "curves")),
     "fashion-flextok": (
         1000,
         "fashion_flextok_ar",

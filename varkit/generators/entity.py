@@ -314,7 +314,7 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         Args: tokens: (B, L) ids or (B, L, C).   inputs: of the tokenizer.   weight, hidden_layer: see
             `Generator.training_options`.
         Returns: loss; loss_first and loss_last of the first and the last entity; of ids accuracy and accuracy_last, of
-            a diffusion mse, that of the noise.
+            a diffusion mse, that of the velocity.
         """
         labels = drop_labels(cond.labels, rng, self.config.cond_drop_rate if self.training else 0.0, self.num_classes)
         read, t = self.noised(self.shifted(tokens, inputs), rng)

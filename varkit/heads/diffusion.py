@@ -127,8 +127,17 @@ class DiffusionHead(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def loss(self, z: Tensor, data: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """See `noise_losses`. Args: z: (N, Z).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999."""
-        return noise_losses(lambda x: self.net(x, t, z), data, t, noise)
+        """Squared error of the noise, and the bound's term in bits, of each row: (N,) float32; train on their sum.
+
+        The bound teaches the variance alone: the noise is detached in it.
+        Args: z: (N, Z).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999.
+        """
+        c, data, noise = process().at(t), data.float(), noise.float()
+        x = diffuse(c, data, noise)
+        out = self.net(x, t, z)
+        predicted, share = out.chunk(2, -1)
+        step = backward(c, x, torch.cat([predicted.detach(), share], -1))
+        return (predicted - noise).square().mean(-1), variational_bound(c, x, data, step, t)
 
     def times(self) -> Tensor:
         """(1000, W): what each index of the trained process is embedded as, for `diffusion`."""
@@ -160,19 +169,6 @@ class DiffusionHead(nn.Module):
             return cond, without
 
         return Diffusion(denoise, self.channels // places, pair if null is not None else None, hidden)
-
-
-def noise_losses(ask: Callable[[Tensor], Tensor], data: Tensor, t: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared error of the noise, and the bound's term in bits, of each row: (N,) float32; train on their sum.
-
-    The bound teaches the variance alone: the noise is detached in it.
-    Args: ask: the network, noised rows (N, C) -> (N, 2C).   data, noise: (N, C).   t: (N,) int64 in 0 .. 999.
-    """
-    c, data, noise = process().at(t), data.float(), noise.float()
-    x = diffuse(c, data, noise)
-    predicted, share = ask(x).float().chunk(2, -1)
-    step = backward(c, x, torch.cat([predicted.detach(), share], -1))
-    return (predicted - noise).square().mean(-1), variational_bound(c, x, data, step, t)
 
 
 def fold(x: Tensor, places: int) -> Tensor:

@@ -17,7 +17,7 @@ from varkit.samplers.speculative.interfaces import Proposal, Siblings, Verdict, 
 from varkit.samplers.speculative.proposals import draw_without_replacement, gumbel_top_k, proposed
 from varkit.samplers.speculative.verifiers import Exact, Greedy, Grouped, KSeq, Lantern, nearest_codes
 from varkit.samplers.speculative.verifiers.exact import acceptance
-from varkit.samplers.speculative.verifiers.laws import block_efficiency, emitted_law
+from varkit.samplers.speculative.verifiers.laws import all_drafts, block_efficiency, emitted_law
 
 
 def drawn(tokens: Tensor, q: Tensor | None, proposal: Proposal = "iid") -> Siblings:
@@ -44,7 +44,7 @@ def _(case: Case) -> Answers:
     laws = p.expand(len(tokens), -1)
     verdict = Exact().step(laws, drawn(tokens, q), case.inputs["uniform"][:, None])
     left = Exact().step(laws, drawn(tokens, q), torch.ones_like(case.inputs["uniform"])[:, None]).residual
-    law, rate = emitted_law(Exact(), p[None], q[None], 1)
+    law, rate = emitted_law(Exact(), p[None], *all_drafts(q[None], 1))
     return {
         "ratio": acceptance(laws, q.expand_as(laws), tokens),
         "accept": verdict.accepted == 0,
@@ -81,7 +81,7 @@ def _(case: Case) -> Answers:
     verifier, tokens = KSeq(), case.inputs["drafts"].expand(trials, -1)
     verdict = verifier.step(p.expand(trials, -1), drawn(tokens, q), case.inputs["uniform"])
     gamma, beta = verifier.plan(p[None], q[None], torch.tensor([count]))
-    law, rate = emitted_law(verifier, p[None], q[None], count)
+    law, rate = emitted_law(verifier, p[None], *all_drafts(q[None], count))
     return {
         "gamma": gamma,
         "beta": beta,
@@ -114,7 +114,7 @@ def _(case: Case) -> Answers:
         )
         answers[f"token{suffix}"] = emitted(verdict, tokens, case.inputs["residual_uniform"])
         answers[f"accepted_index{suffix}"] = verdict.accepted
-    law, rate = emitted_law(Exact(), p, q[None], count, proposal)
+    law, rate = emitted_law(Exact(), p, *all_drafts(q[None], count, proposal))
     return {**answers, "law": law[0], "accept_probability": rate}
 
 

@@ -35,50 +35,50 @@ def acceptance_probabilities(
     return chance, verifier.step(p, siblings, torch.ones_like(chance), hidden).residual
 
 
-def emitted_law(
-    verifier: Verifier,
-    p: Tensor,
-    q: Tensor,
-    count: int,
-    proposal: Proposal = "iid",
-    chosen: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The law of the token that one node emits, summed over everything that could be drafted.
+def all_drafts(
+    q: Tensor, count: int, proposal: Proposal = "iid", chosen: Tensor | None = None
+) -> tuple[Siblings, Tensor]:
+    """Everything that could be drafted below one node, and how probable it is.
 
     Args:
-        p, q: (B, V), what the target and the drafter draw from.   count: K, siblings; V^K tuples are tried.
+        q: (B, V), what the drafter draws from.   count: K, siblings.
         chosen: (B, K), tokens that are points, or -1 for a draw; None for draws alone.
+    Returns: siblings of B x V^K rows, those of a row of q together; (B x V^K,) float64.
+    """
+    batch, size = q.shape
+    tuples = torch.tensor(list(itertools.product(range(size), repeat=count)), device=q.device)  # T K
+    tokens = tuples.repeat(batch, 1)
+    if chosen is None:
+        chosen = q.new_full((batch, count), -1, dtype=torch.int64)
+    chosen = chosen.repeat_interleave(len(tuples), 0)
+    laws = q.repeat_interleave(len(tuples), 0)[:, None].expand(-1, count, -1)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    weight = torch.ones(len(tokens), dtype=torch.float64, device=q.device)
+    for draft in proposed(Siblings(tokens, valid, ~valid, laws, proposal), size):
+        token, fixed = draft.token[:, 0], chosen[:, draft.k]
+        chance = draft.law.gather(1, draft.token)[:, 0]
+        # Where nothing is left to draw there is no sibling, and one tuple stands for that.
+        spent = ~draft.law.sum(1).isfinite() & (fixed < 0)
+        chance = torch.where(spent, (token == 0).to(chance), chance)
+        weight = weight * torch.where(fixed < 0, chance, (token == fixed).to(chance))
+        valid = valid.index_copy(1, torch.tensor([draft.k], device=q.device), ~spent[:, None])
+    return Siblings(tokens, valid, chosen >= 0, laws, proposal), weight
+
+
+def emitted_law(verifier: Verifier, p: Tensor, siblings: Siblings, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The law of the token that one node emits.
+
+    Args: p: (B, V), what the target draws from.   siblings, weight: of `all_drafts`.
     Returns: (B, V) float64, and the probability (B,) that a draft is accepted.
     """
-    batch, size = p.shape
-    tuples = torch.tensor(list(itertools.product(range(size), repeat=count)), device=p.device)  # T K
-    rows = len(tuples)
-    p_all, q_all = p.repeat_interleave(rows, 0), q.repeat_interleave(rows, 0)
-    tokens = tuples.repeat(batch, 1)
-    point = torch.zeros_like(tokens, dtype=torch.bool)
-    if chosen is not None:
-        point = (chosen >= 0).repeat_interleave(rows, 0)
-    laws = q_all[:, None].expand(-1, count, -1)
-    everything = torch.ones_like(point)
-    weight = torch.ones(len(tokens), dtype=torch.float64, device=p.device)
-    valid = everything.clone()
-    for draft in proposed(Siblings(tokens, everything, torch.zeros_like(point), laws, proposal), size):
-        k = draft.k
-        here = draft.law.gather(1, draft.token)[:, 0]
-        spent = ~draft.law.sum(1).isfinite()  # nothing left to draw: there is no sibling
-        valid[:, k] = ~spent | point[:, k]
-        first = (draft.token[:, 0] == 0).double()  # one tuple stands for it
-        here = torch.where(spent, first, here)
-        if chosen is not None:
-            fixed = chosen.repeat_interleave(rows, 0)[:, k]
-            here = torch.where(point[:, k], (draft.token[:, 0] == fixed).double(), here)
-        weight = weight * here
-    chance, left = acceptance_probabilities(verifier, p_all, Siblings(tokens, valid, point, laws, proposal))
+    batch = len(p)
+    every = p.repeat_interleave(len(weight) // batch, 0)
+    chance, left = acceptance_probabilities(verifier, every, siblings)
     reached = torch.cat([torch.ones_like(chance[:, :1]), (1 - chance).cumprod(1)], 1)  # the k-th is tested; none is
     law = left.double() * reached[:, -1:]
-    law = law.scatter_add(1, tokens, chance * reached[:, :-1]) * weight[:, None]
+    law = law.scatter_add(1, siblings.tokens, chance * reached[:, :-1]) * weight[:, None]
     accepted = (1 - reached[:, -1]) * weight
-    return law.view(batch, rows, size).sum(1), accepted.view(batch, rows).sum(1)
+    return law.view(batch, -1, p.shape[1]).sum(1), accepted.view(batch, -1).sum(1)
 
 
 def block_efficiency(rate: Tensor, length: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ SPLIT: Proposal = "without-replacement"
 
 
 def laws(count: int, size: int, seed: int = 0, flat: float = 1.0) -> Tensor:
-    """(count, size) float64: softmax of normal logits times a spread that differs, some entries 0, some rows one-hot."""
+    """(count, size) float64: softmax of normal logits of various spreads, some entries 0, some rows one-hot."""
     random = torch.Generator().manual_seed(seed)
     spread = torch.rand(count, 1, generator=random, dtype=torch.float64) * 3 * flat
     logits = torch.randn(count, size, generator=random, dtype=torch.float64) * spread
@@ -160,9 +160,14 @@ def called_drawn(siblings: Siblings) -> Siblings:
 
 @pytest.mark.parametrize(
     ("verifier", "change", "top"),
-    [(LeavesP(), None, False), (UniformQ(), None, False), (SameQ(), None, False)]
-    + [(Exact(), ordered, False), (Exact(), called_drawn, True)]
-    + [(Exact(official_quirks=True, residual_top_p=0.8), None, False)],
+    [
+        (LeavesP(), None, False),
+        (UniformQ(), None, False),
+        (SameQ(), None, False),
+        (Exact(), ordered, False),
+        (Exact(), called_drawn, True),
+        (Exact(official_quirks=True, residual_top_p=0.8), None, False),
+    ],
 )
 def test_planted_faults_are_seen(verifier: Verifier, change: Callable[[Siblings], Siblings] | None, top: bool) -> None:
     p, q = laws(60, 4, 4), laws(60, 4, 5)
@@ -184,7 +189,7 @@ def counts_fit(tokens: Tensor, law: Tensor) -> float:
 
 @pytest.mark.parametrize(
     ("verifier", "proposal", "fits"),
-    [(Exact(), "iid", True), (Exact(), SPLIT, True), (KSeq(), "iid", True), (LeavesP(), "iid", False)],
+    [(Exact(), "iid", True), (Exact(), SPLIT, True), (KSeq(gamma=2), "iid", True), (LeavesP(), "iid", False)],
 )
 def test_the_first_token_of_100_000_rows(verifier: Verifier, proposal: Proposal, fits: bool) -> None:
     rows, size, count = 100_000, 64, 3
@@ -324,18 +329,18 @@ def excess(verifier: Verifier, p: Tensor, siblings: Siblings, weight: Tensor, bo
 
 
 @pytest.mark.parametrize("kind", ["iid", SPLIT, "mixed", "chosen"])
-@pytest.mark.parametrize(("count", "size"), [(1, 6), (2, 5), (3, 4)])
+@pytest.mark.parametrize(("count", "size"), [(1, 6), (2, 4), (3, 3)])
 def test_the_emitted_law_is_within_the_bound(count: int, size: int, kind: str) -> None:
     used = 0.0
-    for seed, bound, k in ((1, 0.03, 1), (2, 0.1, 2), (3, 0.3, 3)):
+    for seed, bound, k in ((1, 0.03, 1), (2, 0.1, 2), (3, 0.3, 2)):
         p, q = laws(70, size, seed), laws(70, size, seed + 1)
         chosen = None if kind in ("iid", SPLIT) else points(70, size, count, seed, 0.5 if kind == "mixed" else 0)
         drafts = all_drafts(q, count, "iid" if kind == "iid" else SPLIT, chosen)
         verifier = relaxed({"tv_bound": bound, "k": k}, size, seed)
-        beyond = excess(verifier, p, *drafts, bound)
-        assert beyond.max() < 1e-9
-        used = max(used, float(1 + beyond.max() / bound))
         law, rate = emitted_law(verifier, p, *drafts)
+        apart = distance(law, p)
+        assert apart.max() < bound + 1e-9
+        used = max(used, float(apart.max() / bound))
         assert (law[p == 0] == 0).all()  # what p does not allow
         if count == 1:
             assert (rate >= emitted_law(Exact(), p, *drafts)[1] - 1e-12).all()
@@ -608,7 +613,7 @@ def test_what_is_missing_is_said() -> None:
         Bounded(k=2).use_neighbours(torch.zeros(9, 1, dtype=torch.int64))
     with pytest.raises(ValueError, match="right and wrong"):
         train_judge(torch.randn(4, 2), torch.ones(4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="must be .N, C."):
+    with pytest.raises(ValueError, match=r"must be \(N, C\)"):
         train_judge(torch.randn(4, 2), torch.ones(3, dtype=torch.bool))
 
 

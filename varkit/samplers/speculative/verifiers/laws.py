@@ -10,7 +10,7 @@ from torch import Tensor
 from varkit.samplers.speculative.interfaces import Proposal, Siblings, Verifier
 from varkit.samplers.speculative.proposals import proposed
 
-HALVINGS = 54
+HALVINGS = 40
 
 
 def acceptance_probabilities(
@@ -21,18 +21,26 @@ def acceptance_probabilities(
     Args: p: (B, V), siblings (B, K), float64 for full precision.
     Returns: (B, K), of each sibling given that those before it were rejected; (B, V), the law where all are.
     """
-    shape = siblings.tokens.shape
-    chance = torch.zeros(shape, dtype=torch.float64, device=p.device)
-    for k in range(shape[1]):
-        low, high = torch.zeros_like(chance[:, k]), torch.ones_like(chance[:, k])
-        for _ in range(HALVINGS):
-            uniform = torch.ones_like(chance)
-            uniform[:, k] = (low + high) / 2
-            passes = verifier.step(p, siblings, uniform, hidden).accepted == k
-            low, high = torch.where(passes, uniform[:, k], low), torch.where(passes, high, uniform[:, k])
-        certain = verifier.step(p, siblings, torch.ones_like(chance), hidden).accepted == k
-        chance[:, k] = torch.where(certain, 1, low)
-    return chance, verifier.step(p, siblings, torch.ones_like(chance), hidden).residual
+    rows, count = siblings.tokens.shape
+    copies = _rows(siblings, torch.arange(rows, device=p.device).repeat(count))  # the k-th copy looks at sibling k
+    laws, states = p.repeat(count, 1), None if hidden is None else hidden.repeat(count, *[1] * (hidden.dim() - 1))
+    looked_at = torch.arange(count, device=p.device).repeat_interleave(rows)
+    low, high = (torch.full_like(looked_at, end, dtype=torch.float64) for end in (0, 1))
+    uniform = torch.ones(rows * count, count, dtype=torch.float64, device=p.device)
+    certain = verifier.step(laws, copies, uniform, states).accepted == looked_at
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        passes = verifier.step(laws, copies, uniform.scatter(1, looked_at[:, None], middle[:, None]), states)
+        accepted = passes.accepted == looked_at
+        low, high = torch.where(accepted, middle, low), torch.where(accepted, high, middle)
+    left = verifier.step(p, siblings, uniform[:rows], hidden).residual
+    return torch.where(certain, 1, low).view(count, rows).T, left
+
+
+def _rows(siblings: Siblings, index: Tensor) -> Siblings:
+    q = None if siblings.q is None else siblings.q[index]
+    tokens, valid, point = (x[index] for x in (siblings.tokens, siblings.valid, siblings.point))
+    return Siblings(tokens, valid, point, q, siblings.proposal)
 
 
 def all_drafts(
@@ -71,14 +79,14 @@ def emitted_law(verifier: Verifier, p: Tensor, siblings: Siblings, weight: Tenso
     Args: p: (B, V), what the target draws from.   siblings, weight: of `all_drafts`.
     Returns: (B, V) float64, and the probability (B,) that a draft is accepted.
     """
-    batch = len(p)
-    every = p.repeat_interleave(len(weight) // batch, 0)
-    chance, left = acceptance_probabilities(verifier, every, siblings)
+    possible = weight.nonzero()[:, 0]
+    row = possible // (len(weight) // len(p))
+    siblings, weight = _rows(siblings, possible), weight[possible]
+    chance, left = acceptance_probabilities(verifier, p[row], siblings)
     reached = torch.cat([torch.ones_like(chance[:, :1]), (1 - chance).cumprod(1)], 1)  # the k-th is tested; none is
-    law = left.double() * reached[:, -1:]
-    law = law.scatter_add(1, siblings.tokens, chance * reached[:, :-1]) * weight[:, None]
-    accepted = (1 - reached[:, -1]) * weight
-    return law.view(batch, -1, p.shape[1]).sum(1), accepted.view(batch, -1).sum(1)
+    laws = (left.double() * reached[:, -1:]).scatter_add(1, siblings.tokens, chance * reached[:, :-1])
+    law = torch.zeros_like(p, dtype=torch.float64).index_add(0, row, laws * weight[:, None])
+    return law, torch.zeros_like(law[:, 0]).index_add(0, row, (1 - reached[:, -1]) * weight)
 
 
 def block_efficiency(rate: Tensor, length: Tensor) -> Tensor:

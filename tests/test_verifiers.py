@@ -191,8 +191,8 @@ def counts_fit(tokens: Tensor, law: Tensor) -> float:
     ("verifier", "proposal", "fits"),
     [(Exact(), "iid", True), (Exact(), SPLIT, True), (KSeq(gamma=2), "iid", True), (LeavesP(), "iid", False)],
 )
-def test_the_first_token_of_100_000_rows(verifier: Verifier, proposal: Proposal, fits: bool) -> None:
-    rows, size, count = 100_000, 64, 3
+def test_the_first_token_of_many_rows(verifier: Verifier, proposal: Proposal, fits: bool) -> None:
+    rows, size, count = 100_000 if proposal == "iid" and fits else 30_000, 64, 3
     random = torch.Generator().manual_seed(7)
     p, q = (torch.randn(size, generator=random).softmax(-1).expand(rows, -1) for _ in range(2))
     uniform = torch.rand(rows, 2 * count + 1, generator=random).clamp(min=2**-24)
@@ -394,12 +394,9 @@ def test_without_bound_or_neighbours_it_is_exact_to_the_bit(options: dict[str, A
     p, q = (law.float() for law in pairs(200, 6))
     verifier = Bounded(**options)  # and needs no codebook
     assert verifier.lossless
-    siblings, uniform = (
-        replace(some([[0, 1, 2]], q, proposal), tokens=torch.randint(0, 6, (200, 3))),
-        torch.rand(200, 3),
-    )
-    every = torch.ones_like(siblings.tokens, dtype=torch.bool)
-    siblings = replace(siblings, valid=every, point=~every, q=q[:, None].expand(-1, 3, -1))
+    tokens, uniform = torch.randint(0, 6, (200, 3)), torch.rand(200, 3)
+    every = torch.ones_like(tokens, dtype=torch.bool)
+    siblings = Siblings(tokens, every, ~every, q[:, None].expand(-1, 3, -1), proposal)
     ours, exact = verifier.step(p, siblings, uniform), Exact().step(p, siblings, uniform)
     assert torch.equal(ours.accepted, exact.accepted) and torch.equal(ours.residual, exact.residual)
 

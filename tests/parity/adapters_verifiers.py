@@ -210,9 +210,9 @@ def _(case: Case) -> Answers:
 
 
 def lantern(case: Case, delta: float, **options: Any) -> Lantern:
-    bound = {"absolute": "tv_bound", "ratio": "ratio_bound"}[case.settings["lantern_bound"]]
+    bound: dict[str, Any] = {{"absolute": "tv_bound", "ratio": "ratio_bound"}[case.settings["lantern_bound"]]: delta}
     quirks = case.meta.get("quirk", False)
-    return Lantern(k=case.settings["lantern_k"], official_quirks=quirks, **{bound: delta}, **options)
+    return Lantern(k=case.settings["lantern_k"], official_quirks=quirks, **bound, **options)
 
 
 def verifier_of(case: Case) -> Verifier:

@@ -80,8 +80,11 @@ class Lantern(OverCodes, Recursive):
         near = table[code.clamp(0, len(table) - 1)] + self._first
         inside = ((code >= 0) & (code < len(table)))[:, None]
         mass = p.gather(1, near[:, : self.k])
-        bound = self.tv_bound if self.ratio_bound is None else (self.ratio_bound - 1) * p.gather(1, token)
-        counts = inside & (mass.cumsum(1) <= bound)
+        if self.tv_bound is not None:
+            counts = inside & (mass.cumsum(1) <= self.tv_bound)
+        else:
+            assert self.ratio_bound is not None
+            counts = inside & (mass.cumsum(1) <= (self.ratio_bound - 1) * p.gather(1, token))
         if not self.official_quirks:
             counts = counts & (mass > 0)
         moved = mass * counts

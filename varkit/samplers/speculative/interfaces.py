@@ -5,17 +5,24 @@ says its law at every node in one pass; the engine walks down from the root, ask
 is accepted, and where none is draws from the law that the verifier leaves. Laws are processed already: guidance,
 temperature, top-k and top-p are in p and in q alike, and nothing processes them again.
 
-Shapes: B rows (images), N drafted nodes, K children of a node, V codebook size, D deepest node.
+Shapes: B rows (images), N drafted nodes, K children of a node, V codebook size, D deepest node, T tokens in all. Of
+factorised codes (G parts of V values) tokens have a last dimension G and laws (..., G, V); drafts are then chains, and
+verifiers see each part as a row of its own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from varkit.rng import Rng
+
+if TYPE_CHECKING:
+    from varkit.samplers.speculative.target import Target
 
 Proposal = Literal["iid", "without-replacement"]
 """How siblings were drawn: each from q, independently (a chain is this with one child), or each from q without the
@@ -90,6 +97,63 @@ class Outcome:
     emitted: Tensor
     count: Tensor
     hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far the rows are.
+
+    tokens: (B, T) int64, decided ones in the order of prediction; what is behind them means nothing.
+    turns: (B,) int64, how many are decided, which is the turn of the next.
+    room: (B,) int64, the deepest node worth drafting: one less than the tokens that are missing.
+    """
+
+    tokens: Tensor
+    turns: Tensor
+    room: Tensor
+
+    @property
+    def newest(self) -> Tensor:
+        """(B,) int64, the token decided last; (B, G) of factorised codes."""
+        return self.tokens[torch.arange(len(self.turns), device=self.turns.device), self.turns - 1]
+
+
+class Drafter(ABC):
+    """Proposes tokens. One object serves one batch: `begin`, then `propose` and `observe` in turn.
+
+    So that an image does not depend on its batch, what is learnt from one row is never used for another.
+    """
+
+    proposals: frozenset[str]
+    """Which of "iid", "without-replacement" and "point" its nodes are."""
+
+    many: bool = False
+    """Whether a node may have several children. If not, blocks are chains: the parent of node i + 1 is node i."""
+
+    nodes: int
+    """The most nodes of a block."""
+
+    wants_hidden: bool = False
+    """Whether `Outcome.hidden` is needed."""
+
+    factorised: bool = False
+    """Whether it can draft factorised codes."""
+
+    @abstractmethod
+    def begin(self, target: Target, rng: Rng) -> None:
+        """A batch whose first token is decided; the target has seen the prefix. Raises ValueError when it cannot be."""
+
+    @abstractmethod
+    def propose(self, progress: Progress) -> DraftBlock:
+        """Nodes for the rows that are left."""
+
+    @abstractmethod
+    def observe(self, outcome: Outcome) -> None:
+        """What became of the last block, in which nodes without any use (`room`) are not valid."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """The other rows are finished: go on with these, numbers (b,) int64 in ascending order."""
 
 
 class Verifier(ABC):

@@ -1,0 +1,185 @@
+"""Speculative decoding as a sampler of a pipeline: drafter and verifier by name, settings as of plain decoding."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from varkit.config import nearest
+from varkit.interfaces import Cond, Generator, Tokenizer
+from varkit.rng import Rng
+from varkit.samplers.guidance import guidance_interval, guidance_schedule
+from varkit.samplers.next_group import Known, NextGroupSampler, SamplerOutput, StepInfo
+from varkit.samplers.processors import build_processors
+from varkit.samplers.speculative.drafters import DRAFTERS
+from varkit.samplers.speculative.engine import check_pair, decode
+from varkit.samplers.speculative.exact import VERIFIERS
+from varkit.samplers.speculative.interfaces import Drafter, Verifier
+from varkit.samplers.speculative.target import Target, check_target
+
+NAMES: dict[str, tuple[str, str]] = {"sjd": ("jacobi", "exact")}
+"""Pairs of drafter and verifier that have a name of their own."""
+
+
+@dataclass
+class SpeculativeOutput(SamplerOutput):
+    """As of any sampler; lists have one number an image.
+
+    target_calls: passes of the target that the image took part in.   drafted: nodes.   accepted: of them.
+    tokens_per_call: emitted tokens by target calls.   lossless: whether images follow the law of plain decoding.
+    """
+
+    target_calls: list[int]
+    drafted: list[int]
+    accepted: list[int]
+    tokens_per_call: list[float]
+    lossless: bool
+
+
+def _made(kind: str, table: dict[str, Any], name: str, options: dict[str, Any], more: dict[str, Any]) -> Any:
+    """An object of `table` by name. Raises ValueError on an unknown name or option."""
+    if name not in table:
+        raise ValueError(f"no {kind} is called {name!r}{nearest(name, table)}; there are {', '.join(table)}")
+    taken = set(inspect.signature(table[name].__init__).parameters) - {"self"}
+    if unknown := sorted(options.keys() - taken):
+        raise ValueError(
+            f"{kind} {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(taken)) or 'none'}"
+        )
+    return table[name](**options, **{k: v for k, v in more.items() if k in taken and k not in options})
+
+
+class SpeculativeSampler(NextGroupSampler):
+    """Draft several tokens, look at all in one pass of the model, keep what the verifier accepts.
+
+    Args:
+        drafter, drafter_options: a name of `DRAFTERS`, and arguments of its class.
+        verifier, verifier_options: a name of `VERIFIERS`, likewise.
+        others: see `NextGroupSampler`; `more_smooth` and `num_steps` are refused.
+    Attributes:
+        draft_model: a generator, for drafters that ask one; not saved: a saved sampler names it in drafter_options.
+    """
+
+    draft_model: Generator | None = None
+
+    @register_to_config
+    def __init__(
+        self,
+        drafter: str = "jacobi",
+        verifier: str = "exact",
+        drafter_options: dict[str, Any] | None = None,
+        verifier_options: dict[str, Any] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_schedule: str = "linear",
+        guidance_interval: Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        more_smooth: bool = False,
+        num_tokens: int | None = None,
+        guidance_power: float = 1.0,
+        num_steps: int | None = None,
+        order: str | None = None,
+    ) -> None:
+        self.settings(**dict(self.config))
+        check_pair(self.new_drafter(), self.new_verifier())
+
+    @property
+    def lossless(self) -> bool:
+        """Whether images follow the law of plain decoding. Processors look at one position each, so the verifier says."""
+        return self.new_verifier().lossless
+
+    def new_drafter(self) -> Drafter:
+        """A drafter for one batch. Raises ValueError on a bad name or option."""
+        options = dict(self.config.drafter_options or {})
+        return _made("drafter", DRAFTERS, self.config.drafter, options, {})
+
+    def new_verifier(self) -> Verifier:
+        """Raises ValueError on a bad name or option."""
+        return _made("verifier", VERIFIERS, self.config.verifier, dict(self.config.verifier_options or {}), {})
+
+    def settings(self, **changes: Any) -> dict[str, Any]:
+        merged = super().settings(**changes)
+        if merged["more_smooth"]:
+            raise ValueError(
+                "more_smooth hands on mixtures of codes, which no draft can be compared with: leave it off"
+            )
+        return merged
+
+    def target(
+        self, transformer: Generator, cond: Cond, null: Cond | None, settings: dict[str, Any], groups: list[Tensor]
+    ) -> Target:
+        """What is decoded, under these settings."""
+        check_target(transformer)
+        w = float(settings["guidance_scale"])
+        if w != 1 and null is None:
+            raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
+        schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
+        first, last = guidance_interval(settings["guidance_interval"]) or (0, len(groups))
+        scales = [schedule(w, t, len(groups) - 1) if first <= t <= last else 1.0 for t in range(len(groups))]
+        return Target(
+            transformer,
+            cond,
+            null if w != 1 else None,
+            torch.cat(groups),
+            torch.tensor(scales, device=groups[0].device),
+            build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")}),
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokenizer: Tokenizer,
+        transformer: Generator,
+        cond: Cond,
+        rng: Rng,
+        null: Cond | None = None,
+        known: Known | None = None,
+        on_step: Callable[[StepInfo], None] | None = None,
+        **changes: Any,
+    ) -> SpeculativeOutput:
+        """As `NextGroupSampler.generate`. `on_step` is called after each pass with the tokens that every image has.
+
+        Raises: ValueError on a bad setting, a model that does not decide one token a step, or parts that do not go
+            together, before any work.
+        """
+        settings = self.settings(**changes)
+        transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
+        check_target(transformer)
+        groups = self.groups(transformer, **settings)
+        drafter, verifier = self.new_drafter(), self.new_verifier()
+        began = time.perf_counter()
+        target = self.target(transformer, cond, null, settings, groups)
+        order = target.order
+        given = None
+        if known is not None:
+            tokens, keep = known
+            given = tokens[:, order], keep.expand(len(cond), -1)[:, order]
+        seen = {"step": 0, "count": 0}
+
+        def on_round(count: int, tokens: Tensor) -> None:
+            new, step = order[seen["count"] : count], seen["step"]
+            seen.update(step=step + 1, count=count)
+            if on_step is not None:
+                decided = tokens[:, :count]
+                on_step(StepInfo(step, len(groups), new, decided[:, count - len(new) :], decided, torch.empty(0)))
+
+        counts = decode(target, drafter, verifier, rng, given, on_round)
+        return SpeculativeOutput(
+            tokens=counts.tokens[:, order.argsort()],
+            steps=counts.passes,
+            network_calls=counts.passes,
+            seconds=time.perf_counter() - began,
+            target_calls=counts.target_calls,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            tokens_per_call=[len(groups) / calls for calls in counts.target_calls],
+            lossless=verifier.lossless,
+        )

@@ -80,7 +80,7 @@ def children_of(block: DraftBlock, at: Tensor, many: bool, depth: int) -> tuple[
     if not many:
         return at.new_full((len(at), 1), depth + 1), block.valid[:, depth : depth + 1]
     child = (block.parents == at[:, None]) & block.valid
-    order = child.int().argsort(1, descending=True, stable=True)[:, : max(1, int(child.sum(1).max()))]
+    order = child.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(child.sum(1).max()))]
     return order + 1, child.gather(1, order)
 
 
@@ -308,6 +308,7 @@ def decode(
         raise ValueError(
             f"{type(drafter).__name__} cannot draft factorised codes, {target.factors[0]} parts a token; take jacobi"
         )
+    drafter.check(target)
     loop = Loop(target, drafter, verifier, rng, known)
     if on_round is not None:
         on_round(1, loop.tokens)

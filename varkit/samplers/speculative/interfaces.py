@@ -139,9 +139,12 @@ class Drafter(ABC):
     factorised: bool = False
     """Whether it can draft factorised codes."""
 
+    def check(self, target: Target) -> None:
+        """Before any work. Raises ValueError where it cannot draft for this model."""
+
     @abstractmethod
     def begin(self, target: Target, rng: Rng) -> None:
-        """A batch whose first token is decided; the target has seen the prefix. Raises ValueError when it cannot be."""
+        """A batch whose first token is decided; the target has seen the prefix."""
 
     @abstractmethod
     def propose(self, progress: Progress) -> DraftBlock:
@@ -175,8 +178,8 @@ class Verifier(ABC):
 
 
 def as_point(tokens: Tensor) -> DraftBlock:
-    """A chain of chosen tokens (B, N)."""
-    batch, count = tokens.shape
+    """A chain of chosen tokens (B, N), or (B, N, G)."""
+    batch, count = tokens.shape[:2]
     every = torch.arange(count, device=tokens.device).expand(batch, -1)
-    yes = torch.ones_like(tokens, dtype=torch.bool)
+    yes = torch.ones_like(every, dtype=torch.bool)
     return DraftBlock(tokens, every, yes, yes)

@@ -63,7 +63,8 @@ class SpeculativeSampler(NextGroupSampler):
         verifier, verifier_options: a name of `VERIFIERS`, likewise.
         others: see `NextGroupSampler`; `more_smooth` and `num_steps` are refused.
     Attributes:
-        draft_model: a generator, for drafters that ask one; not saved: a saved sampler names it in drafter_options.
+        draft_model: a generator, for drafters that ask one. It is not saved; the option `model` of the drafter, a name
+            or folder, is, and a pipeline opens it.
     """
 
     draft_model: Generator | None = None
@@ -99,7 +100,14 @@ class SpeculativeSampler(NextGroupSampler):
     def new_drafter(self) -> Drafter:
         """A drafter for one batch. Raises ValueError on a bad name or option."""
         options = dict(self.config.drafter_options or {})
-        return _made("drafter", DRAFTERS, self.config.drafter, options, {})
+        if isinstance(options.get("model"), str):
+            del options["model"]
+        return _made("drafter", DRAFTERS, self.config.drafter, options, {"model": self.draft_model})
+
+    @property
+    def model_to_open(self) -> str | None:
+        """The name of the drafting model that the options give, while `draft_model` is not set."""
+        return (self.config.drafter_options or {}).get("model") if self.draft_model is None else None
 
     def new_verifier(self) -> Verifier:
         """Raises ValueError on a bad name or option."""

@@ -62,13 +62,17 @@ class Jacobi(Drafter):
         self.official_quirks = official_quirks
         self.nodes = window - 1
 
+    def check(self, target: Target) -> None:
+        self._neighbours(target)
+
+    def _neighbours(self, target: Target) -> Tensor | None:
+        sides = {"repeat-left": "left", "resample": "left", "repeat-above": "above"}
+        return Neighbours.of(target.model, target.order, sides[self.start]).turn if self.start in sides else None
+
     def begin(self, target: Target, rng: Rng) -> None:
         self.order, self.factors, self.vocabulary = target.order, target.factors, target.vocabulary
         batch, device = len(target.turns), target.order.device
-        sides = {"repeat-left": "left", "resample": "left", "repeat-above": "above"}
-        self.neighbours = (
-            Neighbours.of(target.model, target.order, sides[self.start]).turn if self.start in sides else None
-        )
+        self.neighbours = self._neighbours(target)
         self.rng, self.round = rng, 0
         count = self.factors[0] if self.factors else None
         self.numbers = rng.uniform(self.order, Draw.DRAFT, count=count)  # B T, B T G

@@ -7,8 +7,11 @@ family of all tests in this file; seeds are fixed.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +19,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from varkit import NextGroupSampler, Rng
+from varkit import AutoPipeline, NextGroupSampler, Rng
+from varkit.cli import app
 from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond
 from varkit.layers.cache import KVCache, TreeWindow
 from varkit.layout import TokenLayout
+from varkit.pipelines.auto import assemble
 from varkit.registry import create_model, model_entry
 from varkit.rng import Draw
 from varkit.samplers.guidance import guidance_schedule
@@ -207,7 +213,7 @@ DRAFTED: list[tuple[str, dict[str, Any], str]] = [
     ("neighbour", {"count": 3, "side": "above"}, "plain"),
     ("recycling", {"k": 3, "nodes": 8}, "guided"),
     ("recycling", {"k": 2, "tree": [[0], [1], [0, 0], [1, 0], [1, 1], [0, 0, 0]]}, "warm"),
-    ("n-gram", {"k": 3, "nodes": 6, "depth": 3}, "top-k"),
+    ("n-gram", {"k": 3, "nodes": 6, "depth": 3}, "plain"),
     ("self", {"layers": 1, "count": 3}, "guided"),
     ("little", {"count": 2}, "top-p"),
     ("little", {"count": 4}, "plain"),
@@ -353,7 +359,17 @@ def test_a_wrong_rewind_is_caught(monkeypatch: pytest.MonkeyPatch, wrong: Callab
     assert score(Table(), drafter_options={"window": 4}) < 1e-9
 
 
-class Retesting(Jacobi):
+class Uniform(Jacobi):
+    """A window of drafts from the uniform law, anew in every round: poor, which shows best what is done wrongly."""
+
+    def observe(self, outcome: Outcome) -> None:
+        super().observe(outcome)
+        self.q = torch.full_like(self.q, 1 / self.vocabulary)
+        number = self.rng.uniform(self.order[: self.nodes], Draw.DRAFT, step=100 + self.round)
+        self.tokens = (number * self.vocabulary).long()
+
+
+class Retesting(Uniform):
     """As released in a batch: rows advance by the least that any row accepted, and what others accepted is kept with
     its old q, to be tested again by a new number."""
 
@@ -362,15 +378,10 @@ class Retesting(Jacobi):
     def observe(self, outcome: Outcome) -> None:
         super().observe(outcome)
         block, done = outcome.block, int(outcome.count[0])
-        for node in range(self.nodes):
+        for node in range(min(self.nodes, block.tokens.shape[1] - done)):
             old = node + done  # the column of the same position in the last block
-            if old >= block.tokens.shape[1]:
-                break
-            accepted = old + 1 < self.full.count
+            accepted = (old + 1 < self.full.count) & ~block.point[:, old]
             self.tokens[:, node] = torch.where(accepted, block.tokens[:, old], self.tokens[:, node])
-            q = F.one_hot(block.tokens[:, old], self.vocabulary).float()
-            q = torch.where(block.point[:, old, None], q, block.q[:, old])  # type: ignore[index]
-            self.q[:, node] = torch.where(accepted[:, None], q, self.q[:, node])
 
 
 def test_a_batch_minimum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,11 +398,13 @@ def test_a_batch_minimum_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
         numbers.residual = Rng.from_seed(5, ROWS).uniform(order, Draw.RESIDUAL, step=self.counts.passes)
         return round_(self)
 
-    monkeypatch.setitem(DRAFTERS, "jacobi", Retesting)
+    config = {"drafter": "wrong", "drafter_options": {"window": 5, "coupling": False}}
+    monkeypatch.setitem(DRAFTERS, "wrong", Uniform)
+    assert score(Table(3, (5,)), **config) > SIGNIFICANCE / FAMILY
+    monkeypatch.setitem(DRAFTERS, "wrong", Retesting)
     monkeypatch.setattr(engine, "walk", least)
     monkeypatch.setattr(engine.Loop, "round", fresh)
-    # a point is accepted by p itself, so that testing it twice does no harm: drafts must be drawn
-    assert score(Table(3, (5,)), drafter_options={"window": 5, "start": "resample", "coupling": False}) < 1e-9
+    assert score(Table(3, (5,)), **config) < 1e-9
 
 
 # ---- greedy decoding of real networks ----------------------------------------------------------------
@@ -423,3 +436,83 @@ def test_greedy_decoding_is_plain_greedy_decoding(name: str, w: float) -> None:
         sampler.draft_model = real(name, 0.31)[0]
         out = sampler.generate(tokenizer, model, cond, Rng.from_seed(0, 4), null=null)
         assert torch.equal(out.tokens, plain.tokens)
+
+
+# ---- pipelines and the command ----------------------------------------------------------------------
+
+
+def pipeline_of(name: str) -> Any:
+    return assemble(*real(name), {"guidance_scale": 2.0, "guidance_schedule": "constant"})
+
+
+def test_a_pipeline_takes_a_sampler_by_name_or_as_an_object_and_keeps_it(tmp_path: Path) -> None:
+    pipe = pipeline_of("llamagen_b")
+    call: dict[str, Any] = {"class_labels": [0, 1], "seed": 3, "output_type": "latent"}
+    named = pipe(**call, sampler="sjd:window=4,coupling=false")
+    assert named.stats["lossless"] and len(named.stats["target_calls"]) == 2
+    sampler = SpeculativeSampler(drafter_options={"window": 4, "coupling": False}, **pipe.sampler.settings())
+    assert torch.equal(pipe(**call, sampler=sampler).images, named.images)
+    assert torch.equal(pipe(**call, sampler="plain").images, pipe(**call).images)
+    assert "drafted" in pipe(**{**call, "class_labels": [0]}, sampler="auto").stats
+    greedy = pipe(**call, top_k=1).images
+    for name in ("auto", "recycling:nodes=6,k=3", "self+exact:layers=1", "sjd:start=repeat-left"):
+        assert torch.equal(pipe(**call, top_k=1, sampler=name).images, greedy)
+    pipe.register_modules(sampler=sampler)
+    pipe.save_pretrained(tmp_path / "saved")
+    saved = AutoPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved(**call).images, named.images)
+    little = f"little:model={tmp_path / 'saved'},branches=[2,2]"
+    assert torch.equal(saved(**call, top_k=1, sampler=little).images, greedy)
+    assert torch.equal(saved(**call, top_k=1, sampler="plain").images, greedy)
+
+
+def test_what_cannot_be_is_refused_in_a_sentence() -> None:
+    pipe, var = pipeline_of("llamagen_b"), pipeline_of("var_d16")
+    call: dict[str, Any] = {"class_labels": [0], "seed": 0, "output_type": "latent"}
+    assert "drafted" not in var(**call, sampler="auto").stats
+    for model, sampler, why in (
+        (var, "sjd", "does not decide one token a step"),
+        (pipe, "sjb", "did you mean"),
+        (pipe, "sjd:windw=3", "has no option windw"),
+        (pipe, "sjd:window=1", "window must be at least 2"),
+        (pipe, "sjd:start=up", "start must be one of"),
+        (pipe, "sjd:fast", "key=value"),
+        (pipe, "jacobi+exat", "no verifier is called 'exat'"),
+        (pipe, "auto:window=3", "has no options"),
+        (pipe, "little", "needs a smaller model"),
+        (pipe, "self:layers=2", "fewer than the 2"),
+        (pipe, "recycling:tree=[[0,1]]", "needs its parent"),
+        (pipeline_of("flextok_ar_fashion"), "neighbour:side=above", "no neighbours above"),
+        (pipeline_of("elm_ar_l_2_12"), "recycling", "cannot draft factorised codes"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(why)):
+            model(**call, sampler=sampler)
+    with pytest.raises(ValueError, match="more_smooth"):
+        SpeculativeSampler(more_smooth=True)
+
+
+class ChainsOfDraws(Exact):
+    proposals, many = frozenset({"iid"}), False
+
+
+@pytest.mark.parametrize(("drafter", "why"), [("neighbour", "proposes point"), ("little", "drafts trees")])
+def test_pairs_that_do_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch, drafter: str, why: str) -> None:
+    monkeypatch.setitem(VERIFIERS, "narrow", ChainsOfDraws)
+    if drafter == "little":
+        monkeypatch.setattr(ChainsOfDraws, "proposals", Exact.proposals)
+    options = {"branches": [2]} if drafter == "little" else {}
+    with pytest.raises(ValueError, match=why):
+        SpeculativeSampler(drafter, "narrow", options)
+
+
+def test_the_command_shows_what_drafts_brought(tmp_path: Path) -> None:
+    pipe = pipeline_of("llamagen_b")
+    pipe.save_pretrained(tmp_path / "model")
+    out = ["--out", str(tmp_path / "x.png"), "--class", "0,1", "--sampler", "sjd:window=3"]
+    told = CliRunner().invoke(app, ["sample", str(tmp_path / "model"), *out, "--json"])
+    assert told.exit_code == 0, told.output
+    stats = json.loads(told.stdout.splitlines()[-1])
+    assert stats["law"] == "lossless" and stats["tokens_per_call"] >= 1 and stats["accepted"] <= stats["drafted"]
+    assert stats["settings"]["sampler"] == "sjd:window=3"
+    told = CliRunner().invoke(app, ["sample", str(tmp_path / "model"), *out])
+    assert "tokens a pass" in told.output and "lossless" in told.output

@@ -97,6 +97,12 @@ def sample(
     min_p: Annotated[float | None, typer.Option(help="Drop tokens less likely than p times the best.")] = None,
     more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens are decided: plain, auto, sjd, sjd:window=8, little:model=NAME, ... Default: own."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
         "grid.png"
     ),
@@ -116,7 +122,7 @@ def sample(
 
     from varkit import pictures
     from varkit.conditioning.label import LabelCondition
-    from varkit.pipelines.base import generate
+    from varkit.pipelines.base import generate, speculation
 
     pipeline = open_pipeline(name, device, dtype)
     if optimize:
@@ -155,14 +161,18 @@ def sample(
         "head_steps": first,
         "head_steps_last": last,
     }
-    settings = pipeline.sampler.settings(**given, num_steps=steps)
+    chosen = pipeline.choose_sampler(sampler, min(batch_size, num))
+    settings = chosen.settings(**given, num_steps=steps)
+    took: list[dict[str, Any]] = []
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}), {dtype} on {pipeline.device}"
     )
     began = time.perf_counter()
-    made = generate(draw, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps, **extra)
-    record = {"model": name, "seed": seed, "dtype": dtype, **settings, **extra, "version": varkit.__version__}
+    given |= {"sampler": chosen, "num_inference_steps": steps}
+    made = generate(draw, ids, num, seed, min(batch_size, num), took, **given, **extra)
+    how = {"sampler": sampler} if sampler else {}
+    record = {"model": name, "seed": seed, "dtype": dtype, **how, **settings, **extra, "version": varkit.__version__}
     kind, kinds = ("prompt", "prompts") if prompt else ("features", "features") if features else ("class", "classes")
     images, labels, files = [], [], []
     for index, label, image in tqdm(made, total=num, unit="image", disable=not sys.stderr.isatty()):
@@ -179,12 +189,14 @@ def sample(
     elif out.suffix == ".png":
         sheet = pictures.grid(images, pictures.columns_for(num, len(ids)), zoom)
         pictures.save_png(sheet, out, {**record, "num": num, kinds: ids})
-    seconds = time.perf_counter() - began
+    seconds, drafts = time.perf_counter() - began, speculation(took)
     if as_json:
-        result = {"files": [str(f) for f in files], kinds: labels, "seconds": seconds, "settings": record}
+        result = {"files": [str(f) for f in files], kinds: labels, "seconds": seconds, "settings": record, **drafts}
         typer.echo(json.dumps(result))
     else:
         what = out if out.suffix else f"{len(files)} images in {out}/"
+        if drafts:
+            say("{tokens_per_call:.2f} tokens a pass, {accepted} of {drafted} drafts accepted, {law}".format(**drafts))
         typer.echo(f"wrote {what} in {seconds:.1f} s ({seconds / num:.2f} s an image)")
 
 

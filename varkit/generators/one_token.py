@@ -26,8 +26,8 @@ class CachedState(Protocol):
 
 
 class OneToken:
-    """For a generator, beside its other bases; `one_token` is its `predict` for a single position, or for the nodes of a
-    tree below the tokens of the cache (`varkit.layers.cache.TreeWindow`).
+    """For a generator, beside its other bases; `one_token` is its `predict` for a single position, or for the nodes of
+    a tree below the tokens of the cache (`varkit.layers.cache.TreeWindow`).
 
     Attributes: compiled: the compiled `one_token`, or None.
     """

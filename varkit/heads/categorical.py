@@ -49,7 +49,7 @@ class Categorical(Predictive):
     """Logits (B, n, V) float32, or (B, n, G, V) of factorised codes; with guidance pending, also those of the
     unconditional branch.
 
-    Attributes: hidden: (R, ., C) what the output head read, of all entries read in this call, where a generator keeps it.
+    Attributes: hidden: (R, ., C) what the output head read, at all entries read in this call, if a generator keeps it.
     """
 
     hidden: Tensor | None = None

@@ -127,7 +127,7 @@ class TreeWindow(CacheSlots):
             first: of a chain, how many of its nodes were written since the last `commit` and stay.
         Raises: ValueError when the cache is too short.
         """
-        rows, count = depth.shape
+        count = depth.shape[1]
         self.end = self.longest + first + count
         if self.end > self.cache.keys[0].shape[2]:
             raise ValueError(f"the cache holds {self.cache.keys[0].shape[2]} positions; {self.end} were asked for")

@@ -32,6 +32,7 @@ SAMPLERS = {
     "NextGroupSampler": "varkit.samplers.next_group",
     "MaskedSampler": "varkit.samplers.masked",
     "ContinuousSampler": "varkit.samplers.continuous",
+    "SpeculativeSampler": "varkit.samplers.speculative.sampler",
 }
 
 

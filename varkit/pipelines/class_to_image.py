@@ -95,7 +95,8 @@ class ClassToImagePipeline(ImagePipeline):
                 gives one an image. The same seed gives an image the same random numbers in any batch.
             temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
             num_inference_steps: the sampler's `num_steps`.
-            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
+            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth;
+                and `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md).
             known: tokens to keep; see `edit`.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",

@@ -67,8 +67,8 @@ def check_pair(drafter: Drafter, verifier: Verifier) -> None:
         )
     if drafter.many and not verifier.many:
         raise ValueError(
-            f"{type(drafter).__name__} drafts trees, and {type(verifier).__name__} treats chains; take another verifier, "
-            f"such as exact, or options of the drafter that give a chain"
+            f"{type(drafter).__name__} drafts trees, and {type(verifier).__name__} treats chains; take another "
+            f"verifier, such as exact, or options of the drafter that give a chain"
         )
 
 

@@ -139,7 +139,7 @@ class Drafter(ABC):
     factorised: bool = False
     """Whether it can draft factorised codes."""
 
-    def check(self, target: Target) -> None:
+    def check(self, target: Target) -> None:  # noqa: B027  (most have nothing to check)
         """Before any work. Raises ValueError where it cannot draft for this model."""
 
     @abstractmethod
@@ -166,7 +166,7 @@ class Verifier(ABC):
     """Whether what is emitted follows the target's law, for every proposal in `proposals`."""
 
     proposals: frozenset[str]
-    """Of "iid", "without-replacement" and "point": the kinds that it can treat. The engine refuses others at the start."""
+    """Of "iid", "without-replacement" and "point": the kinds that it can treat. The engine refuses others."""
 
     many: bool = True
     """Whether a node may have several children."""

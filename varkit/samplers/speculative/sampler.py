@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.config import nearest
@@ -22,10 +25,15 @@ from varkit.samplers.speculative.drafters import DRAFTERS
 from varkit.samplers.speculative.engine import check_pair, decode
 from varkit.samplers.speculative.exact import VERIFIERS
 from varkit.samplers.speculative.interfaces import Drafter, Verifier
-from varkit.samplers.speculative.target import Target, check_target
+from varkit.samplers.speculative.target import Target, can_draft, check_target
 
 NAMES: dict[str, tuple[str, str]] = {"sjd": ("jacobi", "exact")}
 """Pairs of drafter and verifier that have a name of their own."""
+
+
+AUTO_IMAGES, AUTO_IMAGES_ELSEWHERE = {"cpu": 2}, 16
+"""Up to how many images at once `auto` speculates, by device, and on others: a pass over a window of 8 costs about as
+much as one over a single token while reading the weights is what takes time."""
 
 
 @dataclass
@@ -55,7 +63,7 @@ def _made(kind: str, table: dict[str, Any], name: str, options: dict[str, Any], 
     return table[name](**options, **{k: v for k, v in more.items() if k in taken and k not in options})
 
 
-class SpeculativeSampler(NextGroupSampler):
+class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: diffusers looks for it in this module
     """Draft several tokens, look at all in one pass of the model, keep what the verifier accepts.
 
     Args:
@@ -94,7 +102,7 @@ class SpeculativeSampler(NextGroupSampler):
 
     @property
     def lossless(self) -> bool:
-        """Whether images follow the law of plain decoding. Processors look at one position each, so the verifier says."""
+        """Whether images follow the law of plain decoding. Processors look at single positions: the verifier says."""
         return self.new_verifier().lossless
 
     def new_drafter(self) -> Drafter:
@@ -191,3 +199,66 @@ class SpeculativeSampler(NextGroupSampler):
             tokens_per_call=[len(groups) / calls for calls in counts.target_calls],
             lossless=verifier.lossless,
         )
+
+
+def _options(text: str) -> dict[str, Any]:
+    """`window=8,branches=[4,2]` as a dictionary; a value that is no JSON is a word."""
+    found: dict[str, Any] = {}
+    for part in re.split(r",(?![^\[]*\])", text) if text else []:
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ValueError(f"options of a sampler are key=value, separated by commas; got {part!r}")
+        try:
+            found[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key.strip()] = value
+    return found
+
+
+def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> Any:
+    """The sampler that a name stands for, with the settings of a pipeline's own sampler.
+
+    Args:
+        name: `plain`; `auto`, see below; `sjd`, a drafter (verified exactly), or DRAFTER+VERIFIER, each with options of
+            either behind a colon: `sjd:window=8,start=repeat-above`, `little:model=NAME`.
+        own: the pipeline's sampler.   batch: images that are drawn at once.
+
+    `auto` is speculative Jacobi decoding, which needs no other network and keeps the law of plain decoding, where the
+    model decides one token a step and few images are drawn at once (`AUTO_IMAGES`); else it is `plain`. Drafts of a
+    position start as copies of the token above it where tokens form a grid, which was accepted most in our runs.
+    Raises: ValueError on a bad name or option, or where the model has nothing to draft.
+    """
+    base, _, rest = name.partition(":")
+    plain = own
+    if isinstance(own, SpeculativeSampler):
+        plain = NextGroupSampler(**NextGroupSampler.settings(own))
+    if base in ("plain", "auto"):
+        if rest:
+            raise ValueError(f"{base} has no options; got {rest!r}")
+        least = AUTO_IMAGES.get(transformer.schedule()[0].device.type, AUTO_IMAGES_ELSEWHERE)
+        if base == "plain" or not can_draft(transformer) or not isinstance(plain, NextGroupSampler) or batch > least:
+            return plain
+        if plain.config.more_smooth:
+            return plain
+        flat = len(transformer.layout.grids[-1]) == 1
+        options: dict[str, Any] = {"window": 8, "start": "random" if flat else "repeat-above"}
+        return SpeculativeSampler(drafter_options=options, **NextGroupSampler.settings(plain))
+    drafter, plus, verifier = base.partition("+")
+    if not plus:
+        drafter, verifier = NAMES.get(base, (base, "exact"))
+    known = ["auto", "plain", *NAMES, *DRAFTERS]
+    if drafter not in DRAFTERS:
+        raise ValueError(
+            f"no sampler is called {name!r}{nearest(base, known)}; there are {', '.join(known)}, and DRAFTER+VERIFIER"
+        )
+    check_target(transformer)
+    given = _options(rest)
+    of_verifier = set(inspect.signature(VERIFIERS[verifier].__init__).parameters) if verifier in VERIFIERS else set()
+    of_drafter = set(inspect.signature(DRAFTERS[drafter].__init__).parameters)
+    return SpeculativeSampler(
+        drafter,
+        verifier,
+        {k: v for k, v in given.items() if k in of_drafter or k not in of_verifier},
+        {k: v for k, v in given.items() if k in of_verifier and k not in of_drafter},
+        **NextGroupSampler.settings(plain),
+    )

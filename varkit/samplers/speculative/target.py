@@ -1,7 +1,7 @@
 """A generator that looks at drafts: guidance and processors inside, each row at its own turn.
 
-Turn t of T is the t-th prediction, of position order[t]; the entry of the sequence that makes it reads the token of turn
-t - 1. A row whose next turn is t has all keys but that of its newest token, so a look reads this token as node 0.
+Turn t of T is the t-th prediction, of position order[t]; the entry of the sequence that makes it reads the token of
+turn t - 1. A row whose next turn is t has all keys but that of its newest token, so a look reads this token as node 0.
 
 Shapes: B images, R rows (B, or 2 B under guidance, those without condition below), N drafted nodes, V codebook, G parts
 of factorised codes, T tokens, C width.
@@ -21,9 +21,14 @@ from varkit.interfaces import Cond, Generator, Processor
 from varkit.layers.cache import TreeWindow
 
 
+def can_draft(model: Any) -> bool:
+    """Whether the model decides one token a step, each from those before."""
+    return isinstance(model, OneToken) and getattr(model, "causal", True)
+
+
 def check_target(model: Any, what: str = "speculative decoding") -> None:
     """Raises ValueError unless the model decides one token a step."""
-    if not isinstance(model, OneToken) or getattr(model, "causal", True) is False:
+    if not can_draft(model):
         raise ValueError(
             f"{type(model).__name__} does not decide one token a step from those before, so {what} has nothing to "
             f"draft; it goes with LlamaGen, RAR, ELM, FlexTok's GPT and alike. Leave the sampler out"

@@ -58,7 +58,7 @@ def chain(
 
     A position is drafted by the same number in every round; that this is exact, `varkit...drafters.jacobi` shows.
 
-    Args: start: (B, m), what the model has not read yet.   turns: (B,), of the first draft.   numbers: (B, T), (B, T, G).
+    Args: start: (B, m), what the model has not read yet.   turns: (B,), of the first draft.   numbers: (B, T, ...).
     """
     rows, last = torch.arange(len(start), device=start.device), numbers.shape[1] - 1
     tokens, laws, inputs, read = list[Tensor](), list[Tensor](), start, 0
@@ -78,8 +78,8 @@ class Little(Drafter):
     """A smaller model of the same tokens, under the same guidance and processors: a chain, or a tree whose siblings are
     drawn without replacement (RSD's constant branching, arXiv 2402.14160) by the largest of log q + Gumbel noise.
 
-    The noise of a position is the same for all nodes that stand there, and in every round: one way down alone is tested,
-    and which one does not depend on it.
+    The noise of a position is the same for all nodes that stand there, and in every round: one way down alone is
+    tested, and which one does not depend on it.
 
     Args:
         model: a generator with the same grid and codebook.   count: drafts of a chain.

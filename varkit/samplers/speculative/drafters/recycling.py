@@ -1,8 +1,8 @@
 """Tables of what followed a token lately: Token Recycling's static tree, and a tree that grows where the table is sure.
 
 Sources: Luowaterbi/TokenRecycling (1b4c05c), arXiv 2408.08696: row t of a matrix holds the likeliest tokens after t, as
-of the last look at any node that held t, and a fixed tree is filled from it. ADED (arXiv 2406.18763; no code is public):
-a table with frequencies, updated while decoding, from which trees are as large as the table is sure. Here the matrix
+of the last look at any node that held t, and a fixed tree is filled from it. ADED (arXiv 2406.18763, without code): a
+table with frequencies, updated while decoding, from which trees are as large as the table is sure. Here the matrix
 holds the laws' probabilities beside the tokens; a node is worth the product of those on its way, and the best nodes
 above a threshold are drafted.
 

@@ -236,6 +236,11 @@ def test_every_drafter_leaves_the_law_as_it_is(drafter: str, options: dict[str, 
     assert torch.equal(few, tokens[:3])
 
 
+@pytest.mark.parametrize("drafter", ["jacobi", "recycling"])
+def test_matching_a_plain_draw_keeps_the_law(drafter: str) -> None:
+    assert score(Table(), drafter=drafter, verifier="match", **SETTINGS["top-p"]) > SIGNIFICANCE / FAMILY
+
+
 def test_factorised_codes_keep_their_law() -> None:
     model = Table(2, (3,), parts=2)
     assert score(model, drafter_options={"window": 3}, **SETTINGS["guided"]) > SIGNIFICANCE / FAMILY

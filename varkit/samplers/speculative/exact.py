@@ -1,4 +1,4 @@
-"""The exact verifier: what is emitted follows the target's law, whatever was drafted."""
+"""Exact verifiers: what is emitted follows the target's law, whatever was drafted."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from varkit.heads.categorical import pick
 from varkit.samplers.speculative.interfaces import Siblings, Verdict, Verifier
 
 
@@ -42,4 +43,20 @@ class Exact(Verifier):
         return Verdict(accepted, p)
 
 
-VERIFIERS: dict[str, type[Verifier]] = {"exact": Exact}
+class Match(Verifier):
+    """Plain Jacobi decoding: a token is drawn from p as ever, and a draft that is this token is accepted.
+
+    Exact for drafts of any kind, and greedy drafts are accepted as often as by `Exact`; under sampling fewer are.
+    """
+
+    lossless = True
+    proposals = frozenset({"iid", "without-replacement", "point"})
+
+    def step(self, p: Tensor, siblings: Siblings, uniform: Tensor, hidden: Tensor | None = None) -> Verdict:
+        drawn = pick(p, uniform[:, 0])
+        same = siblings.valid & (siblings.tokens == drawn[:, None])
+        accepted = torch.where(same.any(1), same.int().argmax(1), -1)
+        return Verdict(accepted, F.one_hot(drawn, p.shape[1]).to(p))
+
+
+VERIFIERS: dict[str, type[Verifier]] = {"exact": Exact, "match": Match}

@@ -39,7 +39,7 @@ class Jacobi(Drafter):
         the neighbour's token; `resample`, a draw from the law of the token before. At a border it is random.
     coupling: draw a position by the same number in each round; see above.
     interval: how many tokens are decided, besides the first, when drafting begins and when it ends; None is always.
-    official_quirks: as released, the end of `interval` shortens windows one round late.
+    official_quirks: as released, `interval` is compared with what was decided one round before.
     """
 
     proposals = frozenset({"iid", "point"})
@@ -89,8 +89,8 @@ class Jacobi(Drafter):
         drafts = torch.full_like(progress.turns, self.nodes)
         if self.interval is not None:
             first, end = self.interval
-            held = progress.turns - 1
-            drafts = torch.minimum(drafts, end - 1 - (self.before - 1 if self.official_quirks else held)).clamp_min(0)
+            held = (self.before if self.official_quirks else progress.turns) - 1
+            drafts = torch.minimum(drafts, end - 1 - held).clamp_min(0)
             drafts = drafts.masked_fill((held < first) | (held >= end), 0)
         self.before = self.turns = progress.turns
         return torch.minimum(drafts, progress.room)

@@ -50,6 +50,11 @@ class Draw(IntEnum):
     DENOISE = 80  # the noise that each step of a diffusion adds
     SOLVER_NOISE = 90  # the noise that a stochastic solver adds in its steps
     CANDIDATE = 95  # deriving the seeds of further candidates for the same image
+    DRAFT = 100  # the uniform that picks a drafted token
+    FILL = 101  # a token that is drafted where nothing is known of its law
+    DRAFT_NOISE = 102  # Gumbel noise that orders several drafts of one position
+    ACCEPT = 103  # whether drafts are accepted, one number each
+    RESIDUAL = 104  # the uniform that picks a token where drafts were rejected
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

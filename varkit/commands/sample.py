@@ -90,6 +90,12 @@ def sample(
     accept: Annotated[
         float | None, typer.Option(help="With --best-of: a probability of the class that is enough; draw no further.")
     ] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(
+            help="How tokens are decided: plain, auto, sjd, sjd:window=8, little:model=NAME, ... Default: own."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
         "grid.png"
     ),
@@ -105,7 +111,7 @@ def sample(
     """Generate images. Each carries its settings as PNG metadata."""
     if out.suffix not in (".png", ".npz", ""):
         raise ValueError(f"--out {out} must end in .png (a grid), .npz, or be a folder")
-    from varkit.pipelines.base import generate
+    from varkit.pipelines.base import generate, speculation
 
     pipeline = open_pipeline(name, device, dtype)
     if optimize:
@@ -133,23 +139,29 @@ def sample(
         "head_steps_last": last,
         "solver": solver,
     }
-    settings = pipeline.sampler.settings(**pipeline.check_settings({**given, "num_steps": steps}))
+    chosen, took = pipeline.choose_sampler(sampler, min(batch_size, num)), list[dict[str, Any]]()
+    settings = chosen.settings(**pipeline.check_settings({**given, "num_steps": steps}, chosen))
     judged = Judged(pipeline, draw, ids, best_of, classifier, accept)
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}){judged.text}, {dtype} on {pipeline.device}"
     )
     began = time.perf_counter()
-    made = generate(judged, ids, num, seed, min(batch_size, num), **given, num_inference_steps=steps, **extra)
-    record = {"model": name, "seed": seed, "dtype": dtype, **settings, **extra, **judged.record, "version": __version__}
+    given |= {"sampler": chosen, "num_inference_steps": steps}
+    made = generate(judged, ids, num, seed, min(batch_size, num), took, **given, **extra)
+    how = {"sampler": sampler} if sampler else {}
+    record = {"model": name, "seed": seed, "dtype": dtype, **how, **settings, **extra, **judged.record}
+    record["version"] = __version__
     kind = ("prompt", "prompts") if prompt else ("features", "features") if features else ("class", "classes")
     files, labels = write(made, out, judged, record, kind, ids, num, zoom)
-    seconds = time.perf_counter() - began
+    seconds, drafts = time.perf_counter() - began, speculation(took)
     if as_json:
         result = {"files": [str(f) for f in files], kind[1]: labels, "seconds": seconds, "settings": record}
-        typer.echo(json.dumps({**result, **judged.found()}))
+        typer.echo(json.dumps({**result, **drafts, **judged.found()}))
     else:
         what = out if out.suffix else f"{len(files)} images in {out}/"
+        if drafts:
+            say("{tokens_per_call:.2f} tokens a pass, {accepted} of {drafted} drafts accepted, {law}".format(**drafts))
         typer.echo(f"wrote {what} in {seconds:.1f} s ({seconds / num:.2f} s an image){judged.told()}")
 
 

@@ -40,6 +40,7 @@ from varkit.demo.controls import (
     wire_model,
 )
 from varkit.demo.running import Step, run
+from varkit.pipelines.base import speculation
 from varkit.rng import Draw, Rng
 
 
@@ -107,9 +108,11 @@ def status(result: Any, seconds: float, device: str) -> str:
     """One line: what was made, how fast, in how many steps."""
     count, size = len(result.images), result.images[0].size
     made = "1 image" if count == 1 else f"{count} images"
+    drafts = speculation([result.stats])
+    more = f" · {drafts['tokens_per_call']:.2f} tokens a pass, {drafts['law']}" if drafts else ""
     return (
         f"**{made}** of {size[0]} x {size[1]} pixels in **{seconds:.2f} s** ({count / seconds:.1f} a second) · "
-        f"{result.stats['steps']} steps · {result.stats['network_calls']} network passes · {device}"
+        f"{result.stats['steps']} steps · {result.stats['network_calls']} network passes{more} · {device}"
     )
 
 

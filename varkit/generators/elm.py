@@ -151,9 +151,7 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def logits(self, x: Tensor) -> Tensor:
         """(B, n, C) -> (B, n, G, V) float32."""
-        x = self.norm(x)
-        heads = [self.output] if isinstance(self.output, nn.Linear) else self.output
-        return torch.stack([head(x) for head in heads], -2).float()
+        return self.output_of(self.norm(x))
 
     def forward(self, inputs: Tensor, class_labels: Tensor, hidden_layer: int | None = None) -> Any:
         """Teacher-forced logits of the first n positions: (B, n, G, V) float32.
@@ -214,11 +212,17 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         logits = self.logits(x)
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
 
-    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+    def nodes(
+        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
+    ) -> Tensor:
         x, mask = self.embed(inputs), slots.visible()
-        for i, block in enumerate(self.layers):
-            x = block(x, self.rotary, mask, slots, i, slots.positions)
-        return self.logits(x)
+        for i, block in enumerate(self.layers if layers is None else self.layers[:layers]):
+            x = block(x, self.rotary, mask, slots, i, slots.places)
+        return self.norm(x)
+
+    def output_of(self, hidden: Tensor) -> Tensor:
+        heads = [self.output] if isinstance(self.output, nn.Linear) else self.output
+        return torch.stack([head(hidden) for head in heads], -2).float()
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""

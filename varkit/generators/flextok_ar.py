@@ -207,11 +207,16 @@ class FlexTokAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         logits = self.head(norm(x)).float()
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
 
-    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
-        x, mask = self.token_embedding(inputs) + self.positions[slots.positions], slots.visible()
-        for i, block in enumerate(self.blocks):
+    def nodes(
+        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
+    ) -> Tensor:
+        x, mask = self.token_embedding(inputs) + self.positions[slots.places], slots.visible()
+        for i, block in enumerate(self.blocks if layers is None else self.blocks[:layers]):
             x = block(x, mask, slots, i)
-        return self.head(norm(x)).float()
+        return norm(x)
+
+    def output_of(self, hidden: Tensor) -> Tensor:
+        return self.head(hidden).float()
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of what was read, not of what was decided."""

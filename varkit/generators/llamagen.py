@@ -318,16 +318,25 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             mask = causal(every if state.visible is None else state.visible[:, :end])[:, :, first:]
         for i, block in enumerate(self.layers):
             x = block(x, self.rotary, mask, state.cache, i, first)
-        logits = self.logits(x[:, -count:])
-        return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
+        hidden = self.norm(x)
+        predictive = Categorical(*self.output_of(hidden[:, -count:]).chunk(2 if state.guided else 1))
+        predictive.hidden = hidden
+        return predictive
 
-    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+    def nodes(
+        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
+    ) -> Tensor:
         (visible,) = extra
-        mask = slots.visible() if visible is None else slots.visible() & visible[:, None, None]
-        x = self.tok_embeddings(inputs)
-        for i, block in enumerate(self.layers):
-            x = block(x, self.rotary, mask, slots, i, slots.positions)
-        return self.logits(x)
+        x, mask = self.tok_embeddings(inputs), slots.visible(visible)
+        for i, block in enumerate(self.layers if layers is None else self.layers[:layers]):
+            x = block(x, self.rotary, mask, slots, i, slots.places)
+        return self.norm(x)
+
+    def output_of(self, hidden: Tensor) -> Tensor:
+        return self.output(hidden).float()
+
+    def extra(self, state: Any, before: Tensor, rows: Tensor | None = None) -> tuple[Any, ...]:
+        return (state.visible if rows is None or state.visible is None else state.visible[rows],)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""

@@ -26,7 +26,8 @@ class CachedState(Protocol):
 
 
 class OneToken:
-    """For a generator, beside its other bases; `one_token` is its `predict` for a single position.
+    """For a generator, beside its other bases; `one_token` is its `predict` for a single position, or for the nodes of
+    a tree below the tokens of the cache (`varkit.layers.cache.TreeWindow`).
 
     Attributes: compiled: the compiled `one_token`, or None.
     """
@@ -34,15 +35,33 @@ class OneToken:
     compiled: Callable[..., Tensor] | None = None
     _lent: tuple[weakref.ref[KVCache], list[Tensor], list[Tensor]] | None = None
 
-    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
-        """Logits (R, 1, V) float32 of one position that is not the first.
+    def nodes(
+        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
+    ) -> Tensor:
+        """What the output head reads, (R, n, C), at entries of the sequence that are not its first.
 
         Args:
-            inputs: (R, 1) ids, or (R, 1, G); R rows, those without condition behind the others.
-            slots: the cache, to be written at the place of this entry.   positions: (1,), the predicted one.
-            extra: what `predict` adds of the state.
+            inputs: (R, n) ids, or (R, n, G); R rows, those without condition behind the others.
+            slots: the cache, to be written at the places of these entries.
+            positions: (n,) or (R, n), the predicted ones.   extra: what `extra` gives.
+            layers: run the first so many alone; None is all.
         """
-        raise TypeError(f"{type(self).__name__} has no compiled step")
+        raise TypeError(f"{type(self).__name__} has no step of one token")
+
+    def output_of(self, hidden: Tensor) -> Tensor:
+        """(R, n, C) of `nodes` -> logits (R, n, V) float32, or (R, n, G, V)."""
+        raise TypeError(f"{type(self).__name__} has no step of one token")
+
+    def extra(self, state: Any, before: Tensor, rows: Tensor | None = None) -> tuple[Any, ...]:
+        """What `nodes` needs of the state.
+
+        Args: before: (n,) or (R, n), positions of the tokens that are read.   rows: (R,) of the state; None is all.
+        """
+        return ()
+
+    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+        """Logits (R, n, V) float32, or (R, n, G, V); see `nodes`."""
+        return self.output_of(self.nodes(inputs, slots, positions, extra))
 
     def compile_decoding(self, **settings: Any) -> Self:
         """Compile the step of one token. The first images of each batch size then take some time.

@@ -298,14 +298,22 @@ class RAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         logits = self.lm_head(self.adaln_before_head(x, each)).float()
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
 
-    def one_token(self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...]) -> Tensor:
+    def nodes(
+        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
+    ) -> Tensor:
         before, cond = extra
         x = self.embeddings(inputs) + self.pos_embed[0, before + 2] + self.target_aware_pos_embed[0, positions + 2]
-        each = cond[:, None] + self.timesteps_embeddings[:, slots.positions]
+        each = cond[:, None] + self.timesteps_embeddings[0, slots.places]
         mask = slots.visible()
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.blocks if layers is None else self.blocks[:layers]):
             x = block(x, each, mask, slots, i)
-        return self.lm_head(self.adaln_before_head(x, each)).float()
+        return self.adaln_before_head(x, each)
+
+    def output_of(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden).float()
+
+    def extra(self, state: Any, before: Tensor, rows: Tensor | None = None) -> tuple[Any, ...]:
+        return before, state.cond if rows is None else state.cond[rows]
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         assert isinstance(state, RARState)

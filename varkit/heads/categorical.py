@@ -47,15 +47,23 @@ def z_loss(logits: Tensor) -> Tensor:
 
 class Categorical(Predictive):
     """Logits (B, n, V) float32, or (B, n, G, V) of factorised codes; with guidance pending, also those of the
-    unconditional branch."""
+    unconditional branch.
+
+    Attributes: hidden: (R, ., C) what the output head read, at all entries read in this call, if a generator keeps it.
+    """
+
+    hidden: Tensor | None = None
 
     def __init__(self, logits: Tensor, null_logits: Tensor | None = None) -> None:
         self.logits, self.null_logits = logits, null_logits
 
     def guide(self, scale: float | Tensor) -> Categorical:
-        """uncond + scale * (cond - uncond). Raises ValueError when there is no unconditional branch."""
+        """uncond + scale * (cond - uncond), `scale` (n,) or (B, n) if not a number.
+
+        Raises: ValueError when there is no unconditional branch.
+        """
         if isinstance(scale, Tensor):
-            scale = scale.to(self.logits).view(-1, *[1] * (self.logits.dim() - 2))  # n 1, or n 1 1
+            scale = scale.to(self.logits).view(*scale.shape, *[1] * (self.logits.dim() - 2))  # (B) n 1, or (B) n 1 1
         if self.null_logits is None:
             if isinstance(scale, Tensor) or scale != 1:
                 raise ValueError("guidance needs an unconditional branch: pass null= to start()")

@@ -34,6 +34,7 @@ SAMPLERS = {
     "MaskedSampler": "varkit.samplers.masked",
     "ContinuousSampler": "varkit.samplers.continuous",
     "DistilledSampler": "varkit.samplers.distilled",
+    "SpeculativeSampler": "varkit.samplers.speculative.sampler",
 }
 
 

@@ -17,12 +17,13 @@ from torch import Tensor
 from varkit import registry
 from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
-from varkit.interfaces import Cond
+from varkit.interfaces import Cond, Generator
 from varkit.layers.packed import can_pack, pack_linears
-from varkit.pipelines.auto import SAMPLERS
+from varkit.pipelines.auto import SAMPLERS, open_transformer
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known
+from varkit.samplers.speculative.sampler import SpeculativeSampler, named_sampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -90,19 +91,36 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         if num_images_per_prompt < 1:
             raise ValueError(f"num_images_per_prompt must be at least 1; got {num_images_per_prompt}")
 
-    def check_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Those of `settings` that are not None. Raises ValueError on one that the sampler does not know."""
+    def check_settings(self, settings: dict[str, Any], sampler: Any = None) -> dict[str, Any]:
+        """Those of `settings` that are not None.
+
+        Args: sampler: None is the pipeline's own.   Raises: ValueError on a setting that it does not know.
+        """
+        sampler = self.sampler if sampler is None else sampler
         given = {k: v for k, v in settings.items() if v is not None}
-        if unknown := sorted(given.keys() - self.sampler.settings().keys()):
+        if unknown := sorted(given.keys() - sampler.settings().keys()):
             raise ValueError(
-                f"{type(self.sampler).__name__} has no setting {', '.join(unknown)}; it has "
-                f"{', '.join(self.sampler.settings())}"
+                f"{type(sampler).__name__} has no setting {', '.join(unknown)}; it has {', '.join(sampler.settings())}"
             )
         return given
 
     def helpers(self) -> dict[str, Any]:
         """What the sampler is given besides the parts that every sampler takes."""
         return {}
+
+    def choose_sampler(self, sampler: Any, batch: int) -> Any:
+        """The sampler of a call.
+
+        Args: sampler: None is the pipeline's own; a name, see `named_sampler`; or a sampler.   batch: images at once.
+        Raises: ValueError on a bad name, or where the model has nothing to draft.
+        """
+        chosen = self.sampler if sampler is None else sampler
+        if isinstance(sampler, str):
+            chosen = named_sampler(sampler, self.sampler, self.transformer, batch)
+        if isinstance(chosen, SpeculativeSampler) and (name := chosen.model_to_open) is not None:
+            model: Any = open_transformer(name, Generator)[0]
+            chosen.draft_model = model.eval().to(self.transformer.device, self.transformer.dtype)
+        return chosen
 
     @torch.no_grad()
     def draw(
@@ -118,11 +136,12 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
     ) -> tuple[Any, dict[str, Any]]:
         """One image a row of `cond`, as `output_type` says, and what it took.
 
-        Args: settings: of the sampler; None is its own default.
+        Args: settings: of the sampler; None is its own default. `sampler`: one to use instead, or its name.
         Raises: ValueError on a setting that this sampler does not know.
         """
-        given = self.check_settings(settings)
-        bar = self.progress_bar(total=self.sampler.count_steps(self.transformer, known=known, **given))
+        sampler = self.choose_sampler(settings.pop("sampler", None), len(cond))
+        given = self.check_settings(settings, sampler)
+        bar = self.progress_bar(total=sampler.count_steps(self.transformer, known=known, **given))
 
         def on_step(info: Any) -> None:
             bar.update()
@@ -135,7 +154,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 )
 
         with bar:
-            out = self.sampler.generate(
+            out = sampler.generate(
                 self.image_tokenizer,
                 self.transformer,
                 cond,
@@ -219,15 +238,42 @@ def make_rng(
 
 
 def generate(
-    pipeline: Any, conditions: Sequence[Any], num: int, seed: int, batch_size: int, **settings: Any
+    pipeline: Any,
+    conditions: Sequence[Any],
+    num: int,
+    seed: int,
+    batch_size: int,
+    took: list[dict[str, Any]] | None = None,
+    **settings: Any,
 ) -> Iterator[tuple[int, Any, Image.Image]]:
     """Image 0 .. num - 1 of the set that `seed` names: (index, its class or prompt, image).
 
     Conditions (classes or prompts) are cycled. An image depends on its index, its condition and the settings, not on
     `batch_size`.
+
+    Args: took: gets the `stats` of each batch.
     """
     for first in range(0, num, batch_size):
         indices = range(first, min(first + batch_size, num))
         wanted = [conditions[i % len(conditions)] for i in indices]
         out = pipeline(wanted, rng=Rng.from_seed(seed, len(indices), first), **settings)
+        if took is not None:
+            took.append(out.stats)
         yield from zip(indices, wanted, out.images, strict=True)
+
+
+def speculation(took: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What drafts brought over some batches, given their `stats`; empty where nothing was drafted.
+
+    tokens_per_call: mean over images.   accepted, drafted: tokens in all.   law: whether it is that of plain decoding.
+    """
+    stats = [each for each in took if "drafted" in each]
+    if not stats:
+        return {}
+    rates = [rate for each in stats for rate in each["tokens_per_call"]]
+    return {
+        "tokens_per_call": sum(rates) / len(rates),
+        "accepted": sum(sum(each["accepted"]) for each in stats),
+        "drafted": sum(sum(each["drafted"]) for each in stats),
+        "law": "lossless" if all(each["lossless"] for each in stats) else "not lossless",
+    }

@@ -100,7 +100,8 @@ class ClassToImagePipeline(ImagePipeline):
                 gives one an image. The same seed gives an image the same random numbers in any batch.
             temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
             num_inference_steps: the sampler's `num_steps`.
-            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
+            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth;
+                and `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md).
             best_of, classifier, accept: draw so many candidates of each image and keep the one that the classifier is
                 surest of; see `BestOf`. `stats` then holds sums over the candidates.
             known: tokens to keep; see `edit`.

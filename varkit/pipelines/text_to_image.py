@@ -123,7 +123,8 @@ class TextToImagePipeline(ImagePipeline):
                 gives one an image. The same seed gives an image the same random numbers in any batch.
             temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
             num_inference_steps: the sampler's `num_steps`.
-            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth.
+            sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth;
+                and `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md).
             known: tokens to keep; see `edit`.
             output_type, callback_on_step_end: as in `ClassToImagePipeline`.
         Raises: ValueError on a bad argument, before any work.

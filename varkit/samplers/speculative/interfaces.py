@@ -5,17 +5,24 @@ says its law at every node in one pass; the engine walks down from the root, ask
 is accepted, and where none is draws from the law that the verifier leaves. Laws are processed already: guidance,
 temperature, top-k and top-p are in p and in q alike, and nothing processes them again.
 
-Shapes: B rows (images), N drafted nodes, K children of a node, V codebook size, D deepest node.
+Shapes: B rows (images), N drafted nodes, K children of a node, V codebook size, D deepest node, T tokens in all. Of
+factorised codes (G parts of V values) tokens have a last dimension G and laws (..., G, V); drafts are then chains, and
+verifiers see each part as a row of its own.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+from varkit.rng import Rng
+
+if TYPE_CHECKING:
+    from varkit.samplers.speculative.target import Target
 
 Proposal = Literal["iid", "without-replacement"]
 """How siblings were drawn: each from q, independently (a chain is this with one child), or each from q without the
@@ -92,6 +99,66 @@ class Outcome:
     hidden: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far the rows are.
+
+    tokens: (B, T) int64, decided ones in the order of prediction; what is behind them means nothing.
+    turns: (B,) int64, how many are decided, which is the turn of the next.
+    room: (B,) int64, the deepest node worth drafting: one less than the tokens that are missing.
+    """
+
+    tokens: Tensor
+    turns: Tensor
+    room: Tensor
+
+    @property
+    def newest(self) -> Tensor:
+        """(B,) int64, the token decided last; (B, G) of factorised codes."""
+        return self.tokens[torch.arange(len(self.turns), device=self.turns.device), self.turns - 1]
+
+
+class Drafter(ABC):
+    """Proposes tokens. One object serves one batch: `begin`, then `propose` and `observe` in turn.
+
+    So that an image does not depend on its batch, what is learnt from one row is never used for another.
+    """
+
+    proposals: frozenset[str]
+    """Which of "iid", "without-replacement" and "point" its nodes are."""
+
+    many: bool = False
+    """Whether a node may have several children. If not, blocks are chains: the parent of node i + 1 is node i."""
+
+    nodes: int
+    """The most nodes of a block."""
+
+    wants_hidden: bool = False
+    """Whether `Outcome.hidden` is needed."""
+
+    factorised: bool = False
+    """Whether it can draft factorised codes."""
+
+    def check(self, target: Target) -> None:  # noqa: B027  (most have nothing to check)
+        """Before any work. Raises ValueError where it cannot draft for this model."""
+
+    @abstractmethod
+    def begin(self, target: Target, rng: Rng) -> None:
+        """A batch whose first token is decided; the target has seen the prefix."""
+
+    @abstractmethod
+    def propose(self, progress: Progress) -> DraftBlock:
+        """Nodes for the rows that are left."""
+
+    @abstractmethod
+    def observe(self, outcome: Outcome) -> None:
+        """What became of the last block, in which nodes without any use (`room`) are not valid."""
+
+    @abstractmethod
+    def keep(self, rows: Tensor) -> None:
+        """The other rows are finished: go on with these, numbers (b,) int64 in ascending order."""
+
+
 class Verifier(ABC):
     """Accepts one of several siblings, or none. A pure function of tensors, vectorised over rows."""
 
@@ -99,7 +166,7 @@ class Verifier(ABC):
     """Whether what is emitted follows the target's law, for every proposal in `proposals`."""
 
     proposals: frozenset[str]
-    """Of "iid", "without-replacement" and "point": the kinds that it can treat. The engine refuses others at the start."""
+    """Of "iid", "without-replacement" and "point": the kinds that it can treat. The engine refuses others."""
 
     many: bool = True
     """Whether a node may have several children."""
@@ -111,8 +178,8 @@ class Verifier(ABC):
 
 
 def as_point(tokens: Tensor) -> DraftBlock:
-    """A chain of chosen tokens (B, N)."""
-    batch, count = tokens.shape
+    """A chain of chosen tokens (B, N), or (B, N, G)."""
+    batch, count = tokens.shape[:2]
     every = torch.arange(count, device=tokens.device).expand(batch, -1)
-    yes = torch.ones_like(tokens, dtype=torch.bool)
+    yes = torch.ones_like(every, dtype=torch.bool)
     return DraftBlock(tokens, every, yes, yes)

@@ -8,14 +8,15 @@ from typing import Any
 from varkit.config import nearest
 from varkit.samplers.speculative.interfaces import Verifier
 from varkit.samplers.speculative.verifiers.bounded import Bounded
-from varkit.samplers.speculative.verifiers.codes import nearest_codes
-from varkit.samplers.speculative.verifiers.exact import Exact
+from varkit.samplers.speculative.verifiers.codes import OverCodes, nearest_codes
+from varkit.samplers.speculative.verifiers.exact import Exact, Match
 from varkit.samplers.speculative.verifiers.k_seq import KSeq
 from varkit.samplers.speculative.verifiers.lantern import Lantern
 from varkit.samplers.speculative.verifiers.lossy import Greedy, Grouped, Judge, JudgeHead, Threshold, train_judge
 
 VERIFIERS: dict[str, type[Verifier]] = {
     "exact": Exact,
+    "match": Match,
     "k-seq": KSeq,
     "bounded": Bounded,
     "lantern": Lantern,
@@ -57,6 +58,8 @@ __all__ = [
     "JudgeHead",
     "KSeq",
     "Lantern",
+    "Match",
+    "OverCodes",
     "Threshold",
     "build_verifier",
     "nearest_codes",

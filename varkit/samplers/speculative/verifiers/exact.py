@@ -6,8 +6,10 @@ Sources: Leviathan et al., arXiv 2211.17192; Chen et al., 2302.01318; SpecInfer,
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from varkit.heads.categorical import pick
 from varkit.samplers.processors import build_processors
 from varkit.samplers.speculative.interfaces import Siblings, Verdict, Verifier
 from varkit.samplers.speculative.proposals import Proposed, proposed, wide
@@ -121,3 +123,19 @@ class Exact(Recursive):
                 logits = processor(logits)
             left = logits.softmax(-1)
         return left
+
+
+class Match(Verifier):
+    """Plain Jacobi decoding: a token is drawn from p as ever, and a draft that is this token is accepted.
+
+    Exact for drafts of any kind, and greedy drafts are accepted as often as by `Exact`; under sampling fewer are.
+    """
+
+    lossless = True
+    proposals = EVERY
+
+    def step(self, p: Tensor, siblings: Siblings, uniform: Tensor, hidden: Tensor | None = None) -> Verdict:
+        drawn = pick(p, uniform[:, 0])
+        same = siblings.valid & (siblings.tokens == drawn[:, None])
+        accepted = torch.where(same.any(1), same.int().argmax(1), -1)
+        return Verdict(accepted, F.one_hot(drawn, p.shape[1]).to(p))

@@ -49,6 +49,8 @@ class Draw(IntEnum):
     CORRUPT = 71  # which tokens are replaced by random ones in training, and by which
     DENOISE = 80  # the noise that each step of a diffusion adds
     SOLVER_NOISE = 90  # the noise that a stochastic solver adds in its steps
+    EAGLE = 100  # which tokens a fixed tree of drafts holds
+    CONTINUOUS = 110  # whether a drafted latent is accepted, and the draws of one in its place
 
 
 def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:

@@ -19,6 +19,7 @@ OBJECTIVES = {
     "next-token": "varkit.training.objectives.next_token",
     "next-entity": "varkit.training.objectives.next_entity",
     "sub-codes": "varkit.training.objectives.sub_codes",
+    "eagle": "varkit.training.objectives.eagle",
     "classifier": "varkit.training.objectives.classifier",
 }
 """Name -> module; each module has `Config` and `Training`."""

@@ -1,0 +1,230 @@
+"""Drafting with an EAGLE network: a tree of tokens from the states that the target gave, by a dynamic or fixed tree.
+
+Sources: Li et al., arXiv 2401.15077 (EAGLE), 2406.16858 (EAGLE-2); SafeAILab/EAGLE: eagle/model/cnets1.py (cb7e084);
+jadohu/LANTERN: models/drafters/cnets_llamagen.py (3a56e45). What differs: any number of images, each at its own length;
+random numbers are keyed by image and place; nodes beyond the last token are no drafts.
+
+A dynamic tree is chosen, so all its nodes are points: whatever its scores were, the target's law alone accepts. In a
+fixed tree siblings are drawn without replacement from the drafter's law, processed as the target's is.
+
+Shapes: B images, R rows (B, or 2 B under guidance), N nodes, K children, V codebook, C width, E expanded nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from varkit.generators.eagle import Eagle, EagleState
+from varkit.heads.categorical import pick
+from varkit.interfaces import Processor
+from varkit.rng import Draw, Rng
+from varkit.samplers.speculative.eagle_trees import DynamicTree, StaticTree, parse_tree
+from varkit.samplers.speculative.interfaces import DraftBlock, Outcome
+
+Guide = Callable[[Tensor, Tensor], Tensor]
+"""Logits (R, n, V) and the positions (B, n) that they are about -> guided logits (B, n, V)."""
+
+
+def draw_without_replacement(law: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """K different entries one after the other, each from the law without those before it.
+
+    Args: law: (..., V), summing to 1.   uniform: (..., K) in (0, 1).
+    Returns: (..., K) int64, and how likely each was then; 0 where nothing was left to draw.
+    """
+    left, tokens, shares = law.clone(), [], []
+    for number in uniform.unbind(-1):
+        token = pick(left, number)[..., None]
+        shares.append(left.gather(-1, token) / left.sum(-1, keepdim=True).clamp_min(torch.finfo(left.dtype).tiny))
+        tokens.append(token)
+        left.scatter_(-1, token, 0.0)
+    return torch.cat(tokens, -1), torch.cat(shares, -1)
+
+
+class EagleDrafter:
+    """Proposes by an `Eagle` network, which reads the target's last hidden states.
+
+    Args:
+        network: made for the target.   head: the target's, states (R, n, C) -> logits (R, n, V).
+        tree: `dynamic`, a `DynamicTree`, or a fixed tree: its name in `TREES`, its paths, or a `StaticTree`.
+    Raises: ValueError on an unknown tree, or one with more draws of a node than there are tokens.
+    """
+
+    needs_hidden = True
+
+    def __init__(
+        self,
+        network: Eagle,
+        head: Callable[[Tensor], Tensor],
+        tree: str | Sequence[Sequence[int]] | StaticTree | DynamicTree = "dynamic",
+    ) -> None:
+        self.network, self.head, self.tree = network, head, parse_tree(tree)
+        size = network.config.codebook_size
+        if isinstance(self.tree, StaticTree) and self.tree.width > size:
+            raise ValueError(f"a node of this tree has {self.tree.width} draws, the codebook has {size} entries")
+
+    def start(
+        self,
+        batch: int,
+        guide: Guide,
+        processors: Sequence[Processor] = (),
+        *,
+        guided: bool = False,
+        greedy: bool = False,
+        prefix: Tensor | None = None,
+    ) -> None:
+        """Begin a batch.
+
+        Args:
+            guide: the target's guidance.   processors: the target's. `greedy` leaves them out: then the best entries
+                are chosen, whatever the filters leave of them.
+            prefix: the target's last states at all entries of its prefix but the last, (R, P, C); of a class none.
+        Raises: ValueError when it has another number of entries than the network was made for.
+        """
+        entries = 0 if prefix is None else prefix.shape[1]
+        if entries != self.network.prefix_length:
+            raise ValueError(
+                f"the drafter reads {self.network.prefix_length} states of the target's prefix (all but the last); "
+                f"got {entries}"
+            )
+        self.guide, self.processors, self.greedy = guide, () if greedy else tuple(processors), greedy
+        longest = int(self.tree.depth.max()) if isinstance(self.tree, StaticTree) else self.tree.depth + 1
+        room = max(self.tree.room, longest + 1)
+        self.state: EagleState = self.network.start(batch, guided, room)
+        self.root: Tensor | None = None  # R C, the state after the newest token, as the network continues it
+        if prefix is not None and entries:
+            ids = torch.zeros(batch, entries, dtype=torch.int64, device=prefix.device)
+            with torch.no_grad():
+                self.network.extend(self.state, ids, prefix, torch.full_like(self.state.lengths, entries))
+
+    @torch.no_grad()
+    def feed(self, tokens: Tensor, hidden: Tensor, count: Tensor) -> None:
+        """Add decided tokens, each with the state that it was predicted from.
+
+        Args: tokens: (B, n).   hidden: (R, n, C).   count: (B,), how many are real, the first ones; may be 0.
+        """
+        if tokens.shape[1] == 0:
+            return
+        out = self.network.extend(self.state, tokens, hidden, count)
+        last = self.state.rows((count - 1).clamp_min(0))[:, None, None].expand(-1, 1, out.shape[2])
+        newest = out.gather(1, last)[:, 0]
+        moved = self.state.rows(count > 0)[:, None]
+        self.root = newest if self.root is None else torch.where(moved, newest, self.root)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn what a round came to. Raises ValueError when the target's states are not there."""
+        if outcome.hidden is None:
+            raise ValueError("the EAGLE drafter reads the target's hidden states, and this round has none")
+        width = int(outcome.count.max())
+        path = self.state.rows(outcome.path[:, :width].clamp_min(0))[..., None]
+        hidden = outcome.hidden.gather(1, path.expand(-1, -1, outcome.hidden.shape[2]))
+        self.feed(outcome.emitted[:, :width].clamp_min(0), hidden, outcome.count)
+
+    @torch.no_grad()
+    def propose(self, rng: Rng) -> DraftBlock:
+        """A tree below each image's newest token; without nodes before any token is known."""
+        if self.root is None:
+            none = torch.zeros(len(self.state.lengths), 0, dtype=torch.int64, device=self.state.lengths.device)
+            return DraftBlock(none, none, none.bool(), none.bool())
+        if isinstance(self.tree, DynamicTree):
+            return self.grow(self.tree)
+        return self.fill(self.tree, rng)
+
+    def logits(self, hidden: Tensor, depth: int) -> Tensor:
+        """(R, n, C) -> (B, n, V), guided and processed: of the children of nodes at this depth."""
+        where = (self.state.lengths - self.network.prefix_length + depth).clamp_max(self.network.layout.length - 1)
+        logits = self.guide(self.head(hidden).float(), where[:, None].expand(-1, hidden.shape[1]))
+        for processor in self.processors:
+            logits = processor(logits)
+        return logits
+
+    def inside(self, depth: Tensor) -> Tensor:
+        """Whether nodes (B, N) or (N,) of these depths stand before the end of the image: (B, N) bool."""
+        return self.state.lengths[:, None] + depth <= self.network.length
+
+    def grow(self, tree: DynamicTree) -> DraftBlock:
+        """The nodes with the likeliest paths, of those that `tree` looks at."""
+        assert self.root is not None
+        state, width = self.state, min(tree.width, self.network.config.codebook_size)
+        best = self.logits(self.root[:, None], 0)[:, 0].log_softmax(-1).topk(width)
+        tokens, scores = [best.indices], [best.values]  # B K, then B K^2 each
+        above = [torch.full_like(best.indices, -1)]
+        ids, score, hidden = best.indices, best.values, self.root[:, None].expand(-1, width, -1)
+        batch, first = len(ids), 0
+        itself = torch.eye(width, dtype=torch.bool, device=ids.device).expand(batch, -1, -1)
+        expanded = torch.arange(width, device=ids.device).expand(batch, -1)
+        seen = itself
+        for level in range(1, tree.depth + 1):
+            out = self.network.branch(state, ids, hidden, seen, level)
+            best = self.logits(out, level).log_softmax(-1).topk(width)  # B K K
+            first += tokens[-1].shape[1]
+            tokens.append(best.indices.flatten(1))
+            scores.append((score[..., None] + best.values).flatten(1))
+            above.append(expanded.repeat_interleave(width, 1))
+            score, chosen = scores[-1].topk(width)
+            ids, parent, expanded = tokens[-1].gather(1, chosen), chosen // width, first + chosen
+            hidden = out.gather(1, state.rows(parent)[..., None].expand(-1, -1, out.shape[2]))
+            seen = torch.cat([seen.gather(1, parent[..., None].expand(-1, -1, seen.shape[2])), itself], 2)
+        return self._best(tree.nodes, torch.cat(tokens, 1), torch.cat(scores, 1), torch.cat(above, 1))
+
+    def _best(self, nodes: int, tokens: Tensor, scores: Tensor, above: Tensor) -> DraftBlock:
+        """The best `nodes` of all candidates (B, M), in their order. A parent is never below its child, and stands
+        before it: where scores tie, the stable sort keeps it."""
+        kept = scores.sort(stable=True, dim=1, descending=True).indices[:, :nodes].sort(1).values
+        parent = above.gather(1, kept)
+        parents = torch.where(parent < 0, 0, torch.searchsorted(kept, parent) + 1)
+        possible = scores.gather(1, kept) > -torch.inf
+        parents = parents.masked_fill(~possible, 0)
+        block = DraftBlock(tokens.gather(1, kept), parents, possible, torch.ones_like(possible))
+        valid = possible & self.inside(block.depth)
+        return DraftBlock(block.tokens, parents, valid, block.point)
+
+    def fill(self, tree: StaticTree, rng: Rng) -> DraftBlock:
+        """The tree with drawn tokens; when greedy, with the best ones instead."""
+        laws, tokens, shares = self.draws(tree, rng)
+        batch, device = len(tokens), tokens.device
+        parents, depth = (t.to(device).expand(batch, -1) for t in (tree.parents, tree.depth))
+        indices = tree.indices.to(device)
+        valid = self.inside(depth)
+        if not self.greedy:
+            valid = valid & (shares.flatten(1)[:, indices] > 0)
+        for node, parent in enumerate(tree.parents.tolist()):
+            if parent:
+                valid[:, node] &= valid[:, parent - 1]
+        chosen = torch.full_like(valid, self.greedy)
+        q = None if self.greedy else laws[:, indices // tree.width]
+        return DraftBlock(tokens.flatten(1)[:, indices], parents, valid, chosen, q, "without-replacement")
+
+    def draws(self, tree: StaticTree, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+        """What is drawn below each expanded node.
+
+        Returns: laws (B, E, V); tokens (B, E, K); and (B, E, K) how likely each was when it was drawn, or its logit when
+            greedy.
+        """
+        assert self.root is not None
+        state, newest = self.state, self.state.lengths - 1
+        out, laws, tokens, shares = self.root[:, None], [], [], []
+        seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)
+        count = 0
+        for level in range(len(tree.levels) + 1):
+            if level:
+                where, repeats = (t.to(newest.device) for t in tree.levels[level - 1])
+                itself = torch.eye(len(where), dtype=torch.bool, device=newest.device).expand(len(newest), -1, -1)
+                seen = torch.cat([seen.repeat_interleave(repeats, 1), itself], 2)
+                ids = tokens[-1].flatten(1)[:, where]
+                out = self.network.branch(state, ids, out.repeat_interleave(repeats, 1), seen, level)
+            logits = self.logits(out, level)
+            laws.append(logits.softmax(-1))
+            if self.greedy:
+                best = logits.topk(tree.width)
+                drawn = (best.indices, best.values)
+            else:
+                steps = range(count, count + out.shape[1])
+                numbers = [rng.uniform(newest[:, None], Draw.EAGLE, step=s, count=tree.width) for s in steps]
+                drawn = draw_without_replacement(laws[-1], torch.cat(numbers, 1))
+            count += out.shape[1]
+            tokens.append(drawn[0])
+            shares.append(drawn[1])
+        return torch.cat(laws, 1), torch.cat(tokens, 1), torch.cat(shares, 1)

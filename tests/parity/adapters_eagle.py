@@ -49,11 +49,12 @@ class InTurn(Rng):
 
 def drafter_of(case: Case, tree: Any) -> EagleDrafter:
     """Rows with a condition, then without; the first ids (one for all rows) stand beside no state."""
-    drafter = EagleDrafter(network_of(case), lambda hidden: hidden @ case.inputs["head_weight"].T, tree)
+    drafter = EagleDrafter(network_of(case), tree)
     scale = case.settings["guidance_scale"]
     hidden, ids = case.inputs["hidden_states"], case.inputs["input_ids"]
     drafter.start(
         1,
+        lambda states: states @ case.inputs["head_weight"].T,
         lambda logits, positions: Categorical(*logits.chunk(2)).guide(scale).logits,
         processors_of(case),
         guided=True,
@@ -73,7 +74,10 @@ def _(case: Case) -> Answers:
     every = torch.ones(len(given["input_ids"]), dtype=torch.int64)
     first = model.extend(state, given["input_ids"], given["hidden_states"], every * cached)
     torch.testing.assert_close(model(given["input_ids"], given["hidden_states"]), first)  # the same without a cache
-    return {"hidden": first, "hidden_2": model.extend(state, given["input_ids_2"], given["hidden_states_2"], every * more)}
+    return {
+        "hidden": first,
+        "hidden_2": model.extend(state, given["input_ids_2"], given["hidden_states_2"], every * more),
+    }
 
 
 def as_answers(case: Case, block: DraftBlock, root: Tensor, suffix: str) -> Answers:
@@ -93,12 +97,12 @@ def _(case: Case) -> Answers:
         raise ValueError("a dynamic tree is chosen, not drawn")
     drafter = drafter_of(case, DynamicTree(s["draft_total_tokens"] - 1, s["draft_depth"], s["draft_top_k"]))
     rng = Rng.from_seed(0, 1)
-    answers = as_answers(case, drafter.propose(rng), given["input_ids"][:1, -1:], "")
+    answers = as_answers(case, drafter.draft(rng), given["input_ids"][:1, -1:], "")
     if "hidden_states_2" in given:
         hidden = given["hidden_states_2"]
         ids = given["input_ids_2"][:1, -hidden.shape[1] :]
         drafter.feed(ids, hidden, torch.tensor([hidden.shape[1]]))
-        answers |= as_answers(case, drafter.propose(rng), ids[:, -1:], "_2")
+        answers |= as_answers(case, drafter.draft(rng), ids[:, -1:], "_2")
     return answers
 
 

@@ -5,12 +5,12 @@ cnets_anole.py (3a56e45), whose parameter names these are. One transformer layer
 token and the state that the target predicted it from, and gives the state that the target would predict the next token
 from. The target's own head makes logits of it; the head is no part of the drafter, the embedding is a frozen copy.
 
-The pairing is one ahead: an entry holds token t + 1 beside state t. Of a target whose condition is T prefix entries, the
-drafter has T - 1 (token 0 beside the states of the first T - 1), then one for each image token. As in the target, the
-rotary table is zero for the prefix.
+The pairing is one ahead: an entry holds token t + 1 beside state t. Of a target whose condition is T prefix entries,
+the drafter has T - 1 (token 0 beside the states of the first T - 1), then one for each image token. As in the target,
+the rotary table is zero for the prefix.
 
-Shapes: B images, R rows (B, or 2 B under guidance, those without a condition below), n entries, C width, H heads, D head
-width, P prefix entries, L image tokens, S places of the cache.
+Shapes: B images, R rows (B, or 2 B under guidance, those without a condition below), n entries, C width, H heads, D
+head width, P prefix entries, L image tokens, S places of the cache.
 """
 
 from __future__ import annotations
@@ -70,6 +70,10 @@ class EagleState:
     def rows(self, x: Tensor) -> Tensor:
         """(B, ...) -> (R, ...)."""
         return torch.cat([x, x]) if self.guided else x
+
+    def keep(self, images: Tensor, rows: Tensor) -> None:
+        """Go on with these images, and these rows of the cache."""
+        self.keys, self.values, self.lengths = self.keys[rows], self.values[rows], self.lengths[images]
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor) -> None:
         """k, v: (R, H, n, D).   slots: (R, n)."""

@@ -2,7 +2,7 @@
 
 Sources: Li et al., arXiv 2401.15077 (EAGLE), 2406.16858 (EAGLE-2); SafeAILab/EAGLE: eagle/model/cnets1.py (cb7e084);
 jadohu/LANTERN: models/drafters/cnets_llamagen.py (3a56e45). What differs: any number of images, each at its own length;
-random numbers are keyed by image and place; nodes beyond the last token are no drafts.
+random numbers are keyed by image and place.
 
 A dynamic tree is chosen, so all its nodes are points: whatever its scores were, the target's law alone accepts. In a
 fixed tree siblings are drawn without replacement from the drafter's law, processed as the target's is.
@@ -13,6 +13,8 @@ Shapes: B images, R rows (B, or 2 B under guidance), N nodes, K children, V code
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,27 +49,100 @@ class EagleDrafter:
     """Proposes by an `Eagle` network, which reads the target's last hidden states.
 
     Args:
-        network: made for the target.   head: the target's, states (R, n, C) -> logits (R, n, V).
+        network: made for the target; or its folder.
         tree: `dynamic`, a `DynamicTree`, or a fixed tree: its name in `TREES`, its paths, or a `StaticTree`.
     Raises: ValueError on an unknown tree, or one with more draws of a node than there are tokens.
     """
 
-    needs_hidden = True
+    many = True
+    wants_hidden = True
+    factorised = False
 
     def __init__(
         self,
-        network: Eagle,
-        head: Callable[[Tensor], Tensor],
+        network: Eagle | str | Path,
         tree: str | Sequence[Sequence[int]] | StaticTree | DynamicTree = "dynamic",
     ) -> None:
-        self.network, self.head, self.tree = network, head, parse_tree(tree)
-        size = network.config.codebook_size
+        self.network = network if isinstance(network, Eagle) else cast(Eagle, Eagle.from_pretrained(network)).eval()
+        self.tree = parse_tree(tree)
+        size = self.network.config.codebook_size
         if isinstance(self.tree, StaticTree) and self.tree.width > size:
             raise ValueError(f"a node of this tree has {self.tree.width} draws, the codebook has {size} entries")
+
+    @property
+    def nodes(self) -> int:
+        """The most nodes of a block."""
+        return self.tree.nodes if isinstance(self.tree, DynamicTree) else len(self.tree.paths)
+
+    @property
+    def proposals(self) -> frozenset[str]:
+        """A fixed tree is drawn, but chosen where the target is greedy; a dynamic tree is always chosen."""
+        return frozenset({"point"} if isinstance(self.tree, DynamicTree) else {"point", "without-replacement"})
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+
+    def begin(self, target: Any, rng: Rng) -> None:
+        """A batch whose first token is decided; the target has seen its prefix, and kept the states in `hidden`.
+
+        Raises: ValueError when the network was made for another target, or tokens do not come in raster order.
+        """
+        self.network.require(target.model)
+        order, scales = target.order, target.scales
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            raise ValueError("an EAGLE drafter is trained on one order of the tokens, raster; leave out order=")
+        guided = target.null is not None
+
+        def guide(logits: Tensor, turns: Tensor) -> Tensor:
+            if not guided:
+                return logits
+            cond, null = logits.chunk(2)
+            return torch.lerp(null, cond, scales[turns.clamp_max(len(scales) - 1)][..., None].to(logits))
+
+        size = self.network.config.codebook_size
+        probe = torch.linspace(0, 1e-3, size, device=order.device)[None, None]
+        for processor in target.processors:
+            probe = processor(probe)
+        greedy = int((probe > -torch.inf).sum()) == 1
+        self.rng, self.first = rng, target.hidden[:, -1:]
+        self.start(
+            len(target.turns),
+            target.model.output_of,
+            guide,
+            target.processors,
+            guided=guided,
+            greedy=greedy,
+            prefix=target.hidden[:, :-1],
+        )
+
+    def propose(self, progress: Any) -> DraftBlock:
+        """A tree below the newest token of each row that is left."""
+        if self.first is not None:
+            self.feed(progress.newest[:, None], self.first, torch.ones_like(progress.turns))
+            self.first = None
+        return self.draft(self.rng)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn what a round came to. Raises ValueError when the target's states are not there."""
+        if outcome.hidden is None:
+            raise ValueError("the EAGLE drafter reads the target's hidden states, and this round has none")
+        width = int(outcome.count.max())
+        path = self.state.rows(outcome.path[:, :width].clamp_min(0))[..., None]
+        hidden = outcome.hidden.gather(1, path.expand(-1, -1, outcome.hidden.shape[2]))
+        self.feed(outcome.emitted[:, :width].clamp_min(0), hidden, outcome.count)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows, (b,) int64."""
+        batch = len(self.state.lengths)
+        both = torch.cat([rows, rows + batch]) if self.state.guided else rows
+        self.state.keep(rows, both)
+        self.root, self.rng = self.root[both], self.rng[rows]
+
+    # ---- states ---------------------------------------------------------------------------------------------------
 
     def start(
         self,
         batch: int,
+        head: Callable[[Tensor], Tensor],
         guide: Guide,
         processors: Sequence[Processor] = (),
         *,
@@ -78,6 +153,7 @@ class EagleDrafter:
         """Begin a batch.
 
         Args:
+            head: the target's, states (R, n, C) -> logits (R, n, V).
             guide: the target's guidance.   processors: the target's. `greedy` leaves them out: then the best entries
                 are chosen, whatever the filters leave of them.
             prefix: the target's last states at all entries of its prefix but the last, (R, P, C); of a class none.
@@ -89,11 +165,12 @@ class EagleDrafter:
                 f"the drafter reads {self.network.prefix_length} states of the target's prefix (all but the last); "
                 f"got {entries}"
             )
-        self.guide, self.processors, self.greedy = guide, () if greedy else tuple(processors), greedy
+        self.head, self.guide = head, guide
+        self.processors, self.greedy = () if greedy else tuple(processors), greedy
         longest = int(self.tree.depth.max()) if isinstance(self.tree, StaticTree) else self.tree.depth + 1
         room = max(self.tree.room, longest + 1)
         self.state: EagleState = self.network.start(batch, guided, room)
-        self.root: Tensor | None = None  # R C, the state after the newest token, as the network continues it
+        self.root = self.network.fc.weight.new_empty(0)  # R C, the state after the newest token, as it is continued
         if prefix is not None and entries:
             ids = torch.zeros(batch, entries, dtype=torch.int64, device=prefix.device)
             with torch.no_grad():
@@ -105,32 +182,16 @@ class EagleDrafter:
 
         Args: tokens: (B, n).   hidden: (R, n, C).   count: (B,), how many are real, the first ones; may be 0.
         """
-        if tokens.shape[1] == 0:
-            return
         out = self.network.extend(self.state, tokens, hidden, count)
         last = self.state.rows((count - 1).clamp_min(0))[:, None, None].expand(-1, 1, out.shape[2])
         newest = out.gather(1, last)[:, 0]
         moved = self.state.rows(count > 0)[:, None]
-        self.root = newest if self.root is None else torch.where(moved, newest, self.root)
-
-    def observe(self, outcome: Outcome) -> None:
-        """Learn what a round came to. Raises ValueError when the target's states are not there."""
-        if outcome.hidden is None:
-            raise ValueError("the EAGLE drafter reads the target's hidden states, and this round has none")
-        width = int(outcome.count.max())
-        path = self.state.rows(outcome.path[:, :width].clamp_min(0))[..., None]
-        hidden = outcome.hidden.gather(1, path.expand(-1, -1, outcome.hidden.shape[2]))
-        self.feed(outcome.emitted[:, :width].clamp_min(0), hidden, outcome.count)
+        self.root = torch.where(moved, newest, self.root) if self.root.numel() else newest
 
     @torch.no_grad()
-    def propose(self, rng: Rng) -> DraftBlock:
-        """A tree below each image's newest token; without nodes before any token is known."""
-        if self.root is None:
-            none = torch.zeros(len(self.state.lengths), 0, dtype=torch.int64, device=self.state.lengths.device)
-            return DraftBlock(none, none, none.bool(), none.bool())
-        if isinstance(self.tree, DynamicTree):
-            return self.grow(self.tree)
-        return self.fill(self.tree, rng)
+    def draft(self, rng: Rng) -> DraftBlock:
+        """A tree below each image's newest token."""
+        return self.grow(self.tree) if isinstance(self.tree, DynamicTree) else self.fill(self.tree, rng)
 
     def logits(self, hidden: Tensor, depth: int) -> Tensor:
         """(R, n, C) -> (B, n, V), guided and processed: of the children of nodes at this depth."""
@@ -140,13 +201,8 @@ class EagleDrafter:
             logits = processor(logits)
         return logits
 
-    def inside(self, depth: Tensor) -> Tensor:
-        """Whether nodes (B, N) or (N,) of these depths stand before the end of the image: (B, N) bool."""
-        return self.state.lengths[:, None] + depth <= self.network.length
-
     def grow(self, tree: DynamicTree) -> DraftBlock:
         """The nodes with the likeliest paths, of those that `tree` looks at."""
-        assert self.root is not None
         state, width = self.state, min(tree.width, self.network.config.codebook_size)
         best = self.logits(self.root[:, None], 0)[:, 0].log_softmax(-1).topk(width)
         tokens, scores = [best.indices], [best.values]  # B K, then B K^2 each
@@ -177,22 +233,19 @@ class EagleDrafter:
         parents = torch.where(parent < 0, 0, torch.searchsorted(kept, parent) + 1)
         possible = scores.gather(1, kept) > -torch.inf
         parents = parents.masked_fill(~possible, 0)
-        block = DraftBlock(tokens.gather(1, kept), parents, possible, torch.ones_like(possible))
-        valid = possible & self.inside(block.depth)
-        return DraftBlock(block.tokens, parents, valid, block.point)
+        return DraftBlock(tokens.gather(1, kept), parents, possible, torch.ones_like(possible))
 
     def fill(self, tree: StaticTree, rng: Rng) -> DraftBlock:
         """The tree with drawn tokens; when greedy, with the best ones instead."""
         laws, tokens, shares = self.draws(tree, rng)
         batch, device = len(tokens), tokens.device
-        parents, depth = (t.to(device).expand(batch, -1) for t in (tree.parents, tree.depth))
-        indices = tree.indices.to(device)
-        valid = self.inside(depth)
+        parents, indices = tree.parents.to(device).expand(batch, -1), tree.indices.to(device)
+        valid = torch.ones_like(parents, dtype=torch.bool)
         if not self.greedy:
-            valid = valid & (shares.flatten(1)[:, indices] > 0)
-        for node, parent in enumerate(tree.parents.tolist()):
-            if parent:
-                valid[:, node] &= valid[:, parent - 1]
+            valid = shares.flatten(1)[:, indices] > 0
+            for node, parent in enumerate(tree.parents.tolist()):
+                if parent:
+                    valid[:, node] &= valid[:, parent - 1]
         chosen = torch.full_like(valid, self.greedy)
         q = None if self.greedy else laws[:, indices // tree.width]
         return DraftBlock(tokens.flatten(1)[:, indices], parents, valid, chosen, q, "without-replacement")
@@ -203,7 +256,6 @@ class EagleDrafter:
         Returns: laws (B, E, V); tokens (B, E, K); and (B, E, K) how likely each was when it was drawn, or its logit when
             greedy.
         """
-        assert self.root is not None
         state, newest = self.state, self.state.lengths - 1
         out, laws, tokens, shares = self.root[:, None], [], [], []
         seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)
@@ -222,7 +274,7 @@ class EagleDrafter:
                 drawn = (best.indices, best.values)
             else:
                 steps = range(count, count + out.shape[1])
-                numbers = [rng.uniform(newest[:, None], Draw.EAGLE, step=s, count=tree.width) for s in steps]
+                numbers = [rng.uniform(newest[:, None], Draw.TREE, step=s, count=tree.width) for s in steps]
                 drawn = draw_without_replacement(laws[-1], torch.cat(numbers, 1))
             count += out.shape[1]
             tokens.append(drawn[0])

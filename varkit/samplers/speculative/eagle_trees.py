@@ -16,9 +16,7 @@ from torch import Tensor
 from varkit.config import nearest
 
 _PATHS = {
-    "mc_sim_7b_63": (
-        "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
-    ),
+    "mc_sim_7b_63": ("0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"),
     "mc_sim_7b_63_balanced": (
         "0 1 2 00 01 02 10 11 12 20 21 000 001 002 010 011 100 101 110 111 0000 0001 0002 00000 00001"
     ),
@@ -33,12 +31,9 @@ _PATHS = {
         "0010 0020 0100"
     ),
     "reverse_balanced_25": (
-        "0 1 2 00 01 10 20 000 001 002 010 011 100 0000 0001 0002 0010 0011 00000 00001 00002 00003 00010 "
-        "00011 00012"
+        "0 1 2 00 01 10 20 000 001 002 010 011 100 0000 0001 0002 0010 0011 00000 00001 00002 00003 00010 00011 00012"
     ),
-    "chain": (
-        "0 00 000 0000 00000"
-    ),
+    "chain": ("0 00 000 0000 00000"),
 }
 """The released trees by their names there: each word is a path from the root, its digits ranks among siblings."""
 
@@ -88,7 +83,9 @@ class StaticTree:
     def __init__(self, paths: str | Sequence[Sequence[int]], width: int | None = None) -> None:
         if isinstance(paths, str):
             if paths not in TREES:
-                raise ValueError(f"no tree is called {paths!r}{nearest(paths, TREES)}; choose one of {', '.join(TREES)}")
+                raise ValueError(
+                    f"no tree is called {paths!r}{nearest(paths, TREES)}; choose one of {', '.join(TREES)}"
+                )
             paths = TREES[paths]
         self.paths = sorted({tuple(p) for p in paths}, key=lambda p: (len(p), p))
         number = {(): 0, **{p: i for i, p in enumerate(self.paths, 1)}}

@@ -30,8 +30,10 @@ PARTS = ("mean", "std", "logstd_sum")
 
 
 def mar_of(case: Case, part: str) -> MAR:
-    model = MAR(**keys.mar_arguments(case.fixture.meta["constructor"][part]))
-    load_strictly(model, case.fixture.part(f"{part}."), "fixture")
+    state = case.fixture.part(f"{part}.")
+    classes = keys.read_mar_arguments(state)["num_classes"]  # the release has 1000, whatever the argument says
+    model = MAR(**keys.mar_arguments({**case.fixture.meta["constructor"][part], "class_num": classes}))
+    load_strictly(model, state, "fixture")
     return model.eval()
 
 
@@ -86,7 +88,9 @@ class Shared(Rng):
 
     def recorded(self, name: str, like: Tensor) -> Tensor:
         assert self.case is not None
-        return self.case.inputs[f"verify{self.verification}/{name}"].unflatten(-1 if like.dim() == 2 else -2, (len(like), -1))
+        return self.case.inputs[f"verify{self.verification}/{name}"].unflatten(
+            -1 if like.dim() == 2 else -2, (len(like), -1)
+        )
 
     def uniform(self, positions: Tensor, kind: int, step: int = 0, count: int | None = None) -> Tensor:
         assert self.case is not None
@@ -175,7 +179,9 @@ def _(case: Case) -> Answers:
 @adapter("parallel-decoding", "cspd", "acceptance")
 def _(case: Case) -> Answers:
     given, released = case.inputs, case.meta.get("quirk", False)
-    draft, target = (LastStep(*(given[f"{who}_{part}"] for part in ("mean", "std", "log_var"))) for who in ("draft", "target"))
+    draft, target = (
+        LastStep(*(given[f"{who}_{part}"] for part in ("mean", "std", "log_var"))) for who in ("draft", "target")
+    )
     temperature = case.settings["inner_temperature"]
     return {
         "ratio": acceptance_ratio(given["x"], draft, target, temperature, released),

@@ -6,7 +6,7 @@ MarkXCloud/CSpD: spec_decode/spec_decode_runner.py (d91f721).
 Both models denoise a token from the same noise, step by step (noise is keyed by position, so it is the same by itself).
 Then the exponents of all transitions but the last cancel in the ratio of the two laws, and what is left is
 
-    p(x) / q(x) = N(x; target's last mean, std) / N(x; draft's last mean, std) * prod(draft's stds) / prod(target's stds)
+    p(x) / q(x) = N(x; target's last step) / N(x; draft's last step) * prod(draft's stds) / prod(target's stds)
 
 with the stds of the steps before. A draft is accepted where that exceeds a uniform number. Where it is not, a token of
 max(0, p - q) is drawn by rejection: a proposal of the target's last step is kept with max(0, 1 - q / p), and the
@@ -15,8 +15,8 @@ states are of the tokens verified before the block: the law is that of the targe
 
 That is an approximation. The ratio leaves out transitions that the two models do not share, and MAR's last step adds no
 noise, so that a draft stands at its own mean. `official_quirks=True` is as released: the product of stds enters as its
-reciprocal, exponents are flattened by an inner temperature in the test alone, the residual sampler runs for all tokens of
-the batch and later proposals replace earlier ones, tokens without one are zero, and guidance is that of the last step.
+reciprocal, the residual sampler runs for all tokens of the batch and later proposals replace earlier ones, tokens
+without one are zero, a block is guided as its last iteration, and the test has an inner temperature of 42.
 
 Shapes: B images, n positions, m tokens of D channels (patches of positions), L positions in all.
 """
@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.generators.mar import MAR
@@ -48,6 +49,8 @@ from varkit.samplers.continuous import (
     take,
 )
 from varkit.samplers.next_group import Known
+
+RELEASED_TEMPERATURE = 42.0
 
 # ---- one verification ---------------------------------------------------------------------------------------------
 
@@ -170,7 +173,7 @@ class SpeculativeStep(ContinuousStep):
 
 @dataclass
 class ContinuousSpeculativeOutput(ContinuousOutput):
-    """`network_calls` are those of the target; `head_calls` of both heads. Lists have one number an image, of tokens."""
+    """`network_calls` are those of the target; `head_calls` of both heads. Lists count tokens, a number an image."""
 
     target_calls: int = 0
     draft_calls: int = 0
@@ -188,13 +191,13 @@ class _Block:
     strengths: list[float]
 
 
-class ContinuousSpeculativeSampler(ContinuousSampler):
+class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffusers looks here for SchedulerMixin
     """Draws MAR's tokens by a draft MAR and verifies them by the transformer of the pipeline.
 
     Args:
         num_draft: iterations between two verifications.
         prefill: share of the iterations, at the start, that the target takes by itself.
-        inner_temperature: flattens the test of acceptance, see `acceptance_ratio`; 1 is neutral.
+        inner_temperature: flattens the test of acceptance, see `acceptance_ratio`; None is 1, or as released 42.
         max_rounds: of the residual sampler.   official_quirks: as released, see the module.
         others: see `ContinuousSampler`; of both models. head_steps_last is refused, as both must take the same steps.
     Attributes: draft_model: the draft, unless a call brings one (`draft=`); it is not saved.
@@ -207,7 +210,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         self,
         num_draft: int = 8,
         prefill: float = 0.15,
-        inner_temperature: float = 1.0,
+        inner_temperature: float | None = None,
         max_rounds: int = 100,
         official_quirks: bool = False,
         guidance_scale: float = 1.0,
@@ -231,7 +234,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
                 raise ValueError(f"{name} must be at least 1; got {merged[name]}")
         if not 0 <= merged["prefill"] <= 1:
             raise ValueError(f"prefill is a share of the iterations, 0 to 1; got {merged['prefill']}")
-        if not merged["inner_temperature"] > 0:
+        if merged["inner_temperature"] is not None and not merged["inner_temperature"] > 0:
             raise ValueError(f"inner_temperature must be > 0 (1 is neutral); got {merged['inner_temperature']}")
         if merged["head_steps_last"] is not None:
             raise ValueError(
@@ -374,6 +377,7 @@ class _Run:
         """Look at the block by the target; what it decides is what both models read from then on."""
         block, self.block = self.block, _Block([], [], [], [])
         places, settings = self.places, self.settings
+        inner = settings["inner_temperature"] or (RELEASED_TEMPERATURE if settings["official_quirks"] else 1.0)
         positions, tokens = torch.cat(block.positions, 1), fold(torch.cat(block.tokens, 1), places)
         sizes = [p.shape[1] for p in block.positions]
         strengths = torch.tensor(block.strengths).repeat_interleave(torch.tensor(sizes))
@@ -396,7 +400,7 @@ class _Run:
                 self.rng.uniform(first, Draw.LATENT_ACCEPT, step=k + 1),
             ),
             fold(own, places),
-            temperature=settings["inner_temperature"],
+            temperature=inner,
             max_rounds=settings["max_rounds"],
             official_quirks=settings["official_quirks"],
         )

@@ -253,8 +253,8 @@ class EagleDrafter:
     def draws(self, tree: StaticTree, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
         """What is drawn below each expanded node.
 
-        Returns: laws (B, E, V); tokens (B, E, K); and (B, E, K) how likely each was when it was drawn, or its logit when
-            greedy.
+        Returns: laws (B, E, V); tokens (B, E, K); and (B, E, K) how likely each was when it was drawn, or its logit
+            when greedy.
         """
         state, newest = self.state, self.state.lengths - 1
         out, laws, tokens, shares = self.root[:, None], [], [], []

@@ -181,8 +181,8 @@ def test_calls_blocks_and_tokens_are_counted(quirks: bool) -> None:
 def test_acceptance_falls_as_the_draft_gets_worse() -> None:
     model = small()
     shares = []
-    for amount in (0.0, 0.01, 0.05, 0.3):
-        out, _ = run(model, worse(model, amount), batch=12, num_draft=1, prefill=0.0, inner_temperature=10.0)
+    for amount in (0.0, 3e-5, 1e-4, 1e-3):  # the steps near the data: those far from it magnify any difference
+        out, _ = run(model, worse(model, amount), batch=8, num_draft=1, prefill=0.0, head_steps="20,0")
         shares.append(sum(out.accepted) / sum(out.drafted))
         assert out.tokens.isfinite().all()
     assert shares[0] == 1 and all(a > b for a, b in pairwise(shares)), shares

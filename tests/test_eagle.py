@@ -74,6 +74,7 @@ class Stand:
             layout=layout, config=config, prefix_length=prefix + 1, output_of=lambda h: h @ self.head.T
         )
         self.tokens = [[int(i) % SIZE] for i in range(batch)]
+        drafter.check(self)
         drafter.begin(self, Rng.from_seed(0, batch))
 
     def progress(self) -> Any:
@@ -270,6 +271,13 @@ def test_trees_that_are_none_are_refused() -> None:
         DynamicTree(depth=0)
     with pytest.raises(ValueError, match="20 draws, the codebook has 12 entries"):
         EagleDrafter(network(), StaticTree(STATIC, 20))
+    stand = Stand(EagleDrafter(network()), 1, False)
+    stand.order = stand.order.flip(0)
+    with pytest.raises(ValueError, match="one order of the tokens, raster"):
+        stand.drafter.check(stand)
+    stand.model = torch.nn.Linear(1, 1)  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="continues the states of LlamaGen; Linear is none"):
+        stand.drafter.check(stand)
     with pytest.raises(ValueError, match="reads 2 states of the target's prefix"):
         EagleDrafter(network()).start(1, lambda h: h, lambda logits, _: logits)
 

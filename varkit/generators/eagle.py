@@ -207,6 +207,8 @@ class Eagle(HubMixin, ModelMixin, ConfigMixin):
 
     def require(self, target: Any) -> None:
         """Raises ValueError, showing both sides, unless this drafts for a `LlamaGen` of these sizes."""
+        if not hasattr(target, "prefix_length"):
+            raise ValueError(f"an EAGLE drafter continues the states of LlamaGen; {type(target).__name__} is none")
         mine = {
             "codebook": self.layout.codebook_size,
             "width": self.config.hidden_size,

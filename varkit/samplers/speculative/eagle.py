@@ -81,16 +81,16 @@ class EagleDrafter:
 
     # ---- the loop -------------------------------------------------------------------------------------------------
 
-    def begin(self, target: Any, rng: Rng) -> None:
-        """A batch whose first token is decided; the target has seen its prefix, and kept the states in `hidden`.
-
-        Raises: ValueError when the network was made for another target, or tokens do not come in raster order.
-        """
+    def check(self, target: Any) -> None:
+        """Raises ValueError when the network was made for another target, or tokens do not come in raster order."""
         self.network.require(target.model)
-        order, scales = target.order, target.scales
+        order = target.order
         if not torch.equal(order, torch.arange(len(order), device=order.device)):
             raise ValueError("an EAGLE drafter is trained on one order of the tokens, raster; leave out order=")
-        guided = target.null is not None
+
+    def begin(self, target: Any, rng: Rng) -> None:
+        """A batch whose first token is decided; the target has seen its prefix, and kept the states in `hidden`."""
+        scales, guided = target.scales, target.null is not None
 
         def guide(logits: Tensor, turns: Tensor) -> Tensor:
             if not guided:
@@ -99,7 +99,7 @@ class EagleDrafter:
             return torch.lerp(null, cond, scales[turns.clamp_max(len(scales) - 1)][..., None].to(logits))
 
         size = self.network.config.codebook_size
-        probe = torch.linspace(0, 1e-3, size, device=order.device)[None, None]
+        probe = torch.linspace(0, 1e-3, size, device=scales.device)[None, None]
         for processor in target.processors:
             probe = processor(probe)
         greedy = int((probe > -torch.inf).sum()) == 1

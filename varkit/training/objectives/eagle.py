@@ -115,7 +115,8 @@ class Training(Objective):
         if len(classes) > target.num_classes or (names and known[: len(classes)] != classes):
             raise ConfigError(
                 f"objective.target {self.config.target} has {target.num_classes} classes ({', '.join(known[:4])}, "
-                f"...), the data {len(classes)} ({', '.join(classes[:4])}, ...): train the drafter on the target's own data"
+                f"...), the data {len(classes)} ({', '.join(classes[:4])}, ...): train the drafter on the target's own "
+                f"data"
             )
 
     def _open_captions(self, target: Any) -> Captions | None:

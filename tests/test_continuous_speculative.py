@@ -210,9 +210,9 @@ def test_known_tokens_stay(patch: int) -> None:
 
 def test_a_pipeline_draws_with_a_draft_and_opens_again(tmp_path: Path) -> None:
     model = small()
-    pipe = ClassToImagePipeline(model, vae(), ContinuousSpeculativeSampler(num_draft=2, num_steps=4, head_steps=3))
+    pipe: Any = ClassToImagePipeline(model, vae(), ContinuousSpeculativeSampler(num_draft=2, num_steps=4, head_steps=3))
     pipe.set_progress_bar_config(disable=True)
-    call = {"class_labels": [0, 1], "seed": 0, "output_type": "pt"}
+    call: dict[str, Any] = {"class_labels": [0, 1], "seed": 0, "output_type": "pt"}
     with pytest.raises(ValueError, match="needs a second, smaller MAR: draft="):
         pipe(**call)
     out = pipe(**call, draft=worse(model, 0.1))

@@ -54,6 +54,7 @@ class EagleDrafter:
     Raises: ValueError on an unknown tree, or one with more draws of a node than there are tokens.
     """
 
+    root: Tensor
     many = True
     wants_hidden = True
     factorised = False
@@ -257,7 +258,8 @@ class EagleDrafter:
             when greedy.
         """
         state, newest = self.state, self.state.lengths - 1
-        out, laws, tokens, shares = self.root[:, None], [], [], []
+        out = self.root[:, None]
+        laws, tokens, shares = list[Tensor](), list[Tensor](), list[Tensor]()
         seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)
         count = 0
         for level in range(len(tree.levels) + 1):

@@ -105,7 +105,7 @@ class StaticTree:
         place = {n: i for i, n in enumerate(expanded)}
         self.indices = torch.tensor([place[number[p[:-1]]] * self.width + p[-1] for p in self.paths])
         self.levels: list[tuple[Tensor, Tensor]] = []
-        above = [()]
+        above: list[tuple[int, ...]] = [()]
         for depth in range(1, int(self.depth.max())):
             nodes = [p for p in self.paths if len(p) == depth and number[p] in place]
             where = [above.index(p[:-1]) * self.width + p[-1] for p in nodes]

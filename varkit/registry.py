@@ -20,7 +20,7 @@ from varkit.config import nearest
 
 logger = logging.getLogger(__name__)
 
-Kind = Literal["generator", "student", "tokenizer"]
+Kind = Literal["generator", "student", "tokenizer", "drafter"]
 
 _PACKAGES = ("varkit.tokenizers", "varkit.generators")
 ENTRY_POINT_GROUP = "varkit.models"

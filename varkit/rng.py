@@ -33,6 +33,9 @@ class Draw(IntEnum):
     SHUFFLE = 5  # the order of the data
     KEY = 6  # deriving the seeds of images from one seed
     RESTART = 7  # which encoder outputs replace dead codes
+    TREE = 8  # which tokens a fixed tree of drafts holds
+    LATENT_ACCEPT = 9  # whether a drafted latent is accepted
+    LATENT_RESIDUAL = 10  # proposals in place of one that is not, and whether they are accepted
     INPUT_MASK = 20  # which inputs are masked in training
     OWN_TOKEN = 21  # where the model's own tokens stand in for true ones in training
     PREFIX = 22  # how much of a sequence is shown in training

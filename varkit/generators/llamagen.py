@@ -256,6 +256,12 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         return self._run(inputs, cond, hidden_layer)
 
     def _run(self, inputs: Tensor, cond: Cond, hidden_layer: int | None) -> Any:
+        x, hidden = self._through(inputs, cond, hidden_layer)
+        logits = self.logits(x[:, self.prefix_length - 1 :])
+        return logits if hidden_layer is None else (logits, hidden[:, self.prefix_length - 1 :])
+
+    def _through(self, inputs: Tensor, cond: Cond, hidden_layer: int | None) -> tuple[Tensor, Tensor]:
+        """What the last block and that one give, of the whole sequence: (B, T + n - 1, C) both."""
         x = self.tok_dropout(torch.cat([self.prefix(cond), self.tok_embeddings(inputs[:, 1:])], 1))
         visible = self.visible(cond)
         seen = None if visible is None else causal(visible[:, : x.shape[1]])
@@ -266,8 +272,14 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             else:
                 x = block(x, self.rotary, seen)
             hidden = x if i == hidden_layer else hidden
-        logits = self.logits(x[:, self.prefix_length - 1 :])
-        return logits if hidden_layer is None else (logits, hidden[:, self.prefix_length - 1 :])
+        return x, hidden
+
+    def last_states(self, inputs: Tensor, cond: Cond) -> Tensor:
+        """What `output` reads, of the whole sequence, teacher-forced: (B, T + n - 1, C), the prefix first.
+
+        Args: inputs: (B, n) ids, each the token before; the first is not read.
+        """
+        return self.norm(self._through(inputs, cond, None)[0])
 
     def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
         """What is predicted everywhere at once, given true inputs: one pass. No condition is dropped."""

@@ -219,8 +219,8 @@ class Diffusion(Predictive):
     def guide(self, scale: float | Tensor, every: int = 1) -> Diffusion:
         """uncond + scale * (cond - uncond) of the noise; the variance stays the conditional one, as in the release.
 
-        Both branches see the same x. Args: scale: 1 is off; or (n,).   every: k, the unconditional branch runs in each
-        k-th step, see `EveryKth`.
+        Both branches see the same x. Args: scale: 1 is off; or (n,), or (B, n).   every: k, the unconditional branch
+        runs in each k-th step, see `EveryKth`.
         Raises: ValueError when there is no unconditional branch.
         """
         if isinstance(scale, int | float) and scale == 1:
@@ -231,7 +231,7 @@ class Diffusion(Predictive):
 
         def guided(x: Tensor, t: Tensor) -> Tensor:
             (noise, share), (null, _) = (out.chunk(2, -1) for out in branches(x, t))
-            w = scale.to(noise)[:, None] if isinstance(scale, Tensor) else scale
+            w = scale.to(noise)[..., None] if isinstance(scale, Tensor) else scale
             return torch.cat([torch.lerp(null, noise, w), share], -1)
 
         return Diffusion(guided, self.dim, hidden=self.hidden, branches=branches)

@@ -35,6 +35,7 @@ SAMPLERS = {
     "ContinuousSampler": "varkit.samplers.continuous",
     "DistilledSampler": "varkit.samplers.distilled",
     "SpeculativeSampler": "varkit.samplers.speculative.sampler",
+    "ContinuousSpeculativeSampler": "varkit.samplers.continuous_speculative",
 }
 
 
@@ -161,6 +162,30 @@ def open_transformer(name: str, kind: type[Any], **overrides: Any) -> tuple[Any,
             f"the model/ folder of a run), a released checkpoint such as {released}, or its file"
         )
     return found
+
+
+def open_drafter(name: str, target: Any, **overrides: Any) -> Any:
+    """The EAGLE drafter of a generator: a folder (such as the model/ folder of a run of objective `eagle`), a released
+    checkpoint or its file, or a hub repository.
+
+    Args:
+        target: the generator whose states it reads.
+        overrides: constructor arguments to use instead of the saved ones, such as `grid` of a renamed released file.
+    Raises: ValueError when `name` is none of them, or the drafter was made for another generator.
+    """
+    from varkit.generators.eagle import Eagle
+
+    if name in registry.list_checkpoints():
+        overrides = {**registry.checkpoint(name).overrides, **overrides}
+    found = _open_part(name, "drafter", Eagle, overrides)
+    if found is None:
+        raise ValueError(
+            f"no drafter at {name!r}: give a folder with config.json (such as the model/ folder of a run of objective "
+            f"eagle), a released checkpoint such as {registry.list_checkpoints('eagle_*')[0]}, or its file"
+        )
+    drafter: Any = found[0].eval()
+    drafter.require(target)
+    return drafter
 
 
 def _open_part(name: str, part: str, kind: type[Any], overrides: dict[str, Any]) -> tuple[Any, dict[int, str]] | None:

@@ -28,7 +28,11 @@ from varkit.samplers.speculative.interfaces import Drafter, Verifier
 from varkit.samplers.speculative.target import Target, can_draft, check_target
 from varkit.samplers.speculative.verifiers import VERIFIERS, Grouped, OverCodes
 
-NAMES: dict[str, tuple[str, str]] = {"sjd": ("jacobi", "exact"), "gsd": ("jacobi", "grouped")}
+NAMES: dict[str, tuple[str, str]] = {
+    "sjd": ("jacobi", "exact"),
+    "gsd": ("jacobi", "grouped"),
+    "lantern": ("eagle", "lantern"),
+}
 """Pairs of drafter and verifier that have a name of their own."""
 
 

@@ -20,6 +20,7 @@ OBJECTIVES = {
     "next-entity": "varkit.training.objectives.next_entity",
     "distilled": "varkit.training.objectives.distilled",
     "sub-codes": "varkit.training.objectives.sub_codes",
+    "eagle": "varkit.training.objectives.eagle",
     "classifier": "varkit.training.objectives.classifier",
 }
 """Name -> module; each module has `Config` and `Training`."""

@@ -51,6 +51,18 @@ def registered(config: Any) -> Any:
         return entry.build()
 
 
+def require_same_tokenizer(tokenizer: Any, name: str, codes: CodeInfo) -> None:
+    """Raises ConfigError when another tokenizer than this, objective.tokenizer `name`, made the token files."""
+    own, made = tokenizer_fingerprint(tokenizer), codes.fingerprint
+    if own != made or codes.token_layout != tokenizer.layout:
+        raise ConfigError(
+            f"the token files were made by {codes.tokenizer} (fingerprint {made}, "
+            f"{codes.token_layout.describe()}); objective.tokenizer {name} is another (fingerprint {own}, "
+            f"{tokenizer.layout.describe()}). Set objective.tokenizer to the one that made them, or make new ones "
+            f"with `varkit tokenize`"
+        )
+
+
 class GeneratorTraining(Objective):
     """Owns the generator; the tokenizer is frozen, and its codes are made anew for each batch, or read from
     files."""
@@ -136,15 +148,7 @@ class GeneratorTraining(Objective):
 
     def check_codes(self, codes: CodeInfo) -> None:
         """Raises ConfigError when another tokenizer made them, or when what is trained needs the images."""
-        tokenizer, name = self.frozen("tokenizer"), self.config.tokenizer
-        own, made = tokenizer_fingerprint(tokenizer), codes.fingerprint
-        if own != made or codes.token_layout != tokenizer.layout:
-            raise ConfigError(
-                f"the token files were made by {codes.tokenizer} (fingerprint {made}, "
-                f"{codes.token_layout.describe()}); objective.tokenizer {name} is another (fingerprint {own}, "
-                f"{tokenizer.layout.describe()}). Set objective.tokenizer to the one that made them, or make new ones "
-                f"with `varkit tokenize`"
-            )
+        require_same_tokenizer(self.frozen("tokenizer"), self.config.tokenizer, codes)
         needy = [n for n in ("alignment", "self_generated") if getattr(self.config, n) is not None]
         if needy:
             raise ConfigError(

@@ -6,6 +6,7 @@ from varkit.samplers.speculative.drafters.copies import Neighbour
 from varkit.samplers.speculative.drafters.jacobi import Jacobi
 from varkit.samplers.speculative.drafters.models import Early, Little
 from varkit.samplers.speculative.drafters.recycling import NGram, Recycling
+from varkit.samplers.speculative.eagle import EagleDrafter
 from varkit.samplers.speculative.interfaces import Drafter
 
 DRAFTERS: dict[str, type[Drafter]] = {
@@ -15,4 +16,5 @@ DRAFTERS: dict[str, type[Drafter]] = {
     "little": Little,
     "self": Early,
     "neighbour": Neighbour,
+    "eagle": EagleDrafter,
 }

@@ -223,6 +223,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
         head_steps_last: int | None = None,
         solver: str | None = None,
         temperature: float = 1.0,
+        guidance_every: int = 1,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -342,7 +343,7 @@ class _Run:
         self.calls[name] += 1
         check_predictive(predictive, type(self.models[name]).__name__, self.settings)
         if self.settings["guidance_scale"] != 1:
-            predictive = predictive.guide(strength)
+            predictive = predictive.guide(strength, self.settings["guidance_every"])
         options = {"solver": self.settings["solver"]} if self.settings["solver"] is not None else {}
         steps, temperature = self.settings["head_steps"], self.settings["temperature"]
         tokens = predictive.sample(self.rng, positions, num_steps=steps, temperature=temperature, **options)

@@ -41,6 +41,7 @@ class EagleDrafter(Drafter):
     """
 
     root: Tensor
+    first: Tensor | None
     many = True
     wants_hidden = True
     factorised = False

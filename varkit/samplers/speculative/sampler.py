@@ -6,7 +6,6 @@ import inspect
 import json
 import re
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +80,7 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
     """
 
     draft_model: Generator | None = None
-    _ready: tuple[weakref.ref[Tokenizer], Verifier] | None = None
+    _ready: tuple[Tokenizer, Verifier] | None = None
 
     @register_to_config
     def __init__(
@@ -129,11 +128,11 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
 
     def verifier_for(self, tokenizer: Tokenizer) -> Verifier:
         """The verifier, with the codebook where it compares codes; made once, for neighbours take some time to find."""
-        if self._ready is None or self._ready[0]() is not tokenizer:
+        if self._ready is None or self._ready[0] is not tokenizer:
             verifier = self.new_verifier()
             if isinstance(verifier, OverCodes | Grouped):
                 verifier.use_codebook(tokenizer.codebook)
-            self._ready = weakref.ref(tokenizer), verifier
+            self._ready = tokenizer, verifier
         return self._ready[1]
 
     def settings(self, **changes: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import varkit
+from varkit.commands import bench as of_bench
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
 from varkit.commands import sample as of_sample
@@ -324,6 +325,7 @@ def tokenize(
     state.destroy_process_group()
 
 
+app.command()(of_bench.bench)
 app.command()(of_features.features)
 app.command()(of_latents.latents)
 app.command()(of_trajectories.trajectories)

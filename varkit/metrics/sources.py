@@ -67,7 +67,11 @@ def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device
         wanted = [labels[i] for i in indices]
         return draw(pipeline, indices, wanted, seed=rule.seed, rule=protocol.images.quantise, **settings).cpu()
 
-    used = {k: v for k, v in pipeline.sampler.settings(**settings).items() if v is not None}
+    chosen_sampler = settings.get("sampler")  # a name, or a sampler; None is the pipeline's own
+    sampler = pipeline.choose_sampler(chosen_sampler, 1)
+    used = {k: v for k, v in sampler.settings(**settings).items() if v is not None}
+    if chosen_sampler is not None:
+        used["sampler"] = chosen_sampler if isinstance(chosen_sampler, str) else type(chosen_sampler).__name__
     if chosen := {k: settings[k] for k in BEST_OF if settings.get(k) is not None}:
         chooser = BestOf(pipeline, chosen.get("best_of", 1), chosen.get("classifier"), chosen.get("accept"))
         used |= chosen | {"classifier": judge_name(chosen["classifier"])}

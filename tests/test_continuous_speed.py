@@ -33,7 +33,7 @@ class Seen:
         if hasattr(model, "diffloss"):
             head: Any = model.diffloss.net.res_blocks[0]
         else:
-            head = getattr(model, "flownet", backbone)
+            head = getattr(model, "flownet", getattr(getattr(model, "head", None), "net", backbone))
         self.same = head is backbone
         backbone.register_forward_pre_hook(lambda _, given: self.backbone.append(tuple(given[0].shape[:2])))
         head.register_forward_pre_hook(lambda _, given: self.head.append(tuple(given[0].shape[:2])))

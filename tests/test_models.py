@@ -302,7 +302,7 @@ def test_full_size_layouts_fit_and_published_sizes_hold(name: str) -> None:
     entry = model_entry(name)
     with torch.device("meta"):
         model = entry.build()
-        if entry.kind != "tokenizer":
+        if entry.kind in ("generator", "student"):
             assert entry.tokenizer is not None
             assert model.layout == create_model(entry.tokenizer).layout
     assert all(p.is_meta for p in model.parameters())

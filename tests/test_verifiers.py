@@ -531,7 +531,7 @@ def test_lantern_without_a_bound_is_exact(proposal: Proposal) -> None:
 
 
 def test_every_verifier_says_what_it_is() -> None:
-    assert {n for n, v in VERIFIERS.items() if v.lossless} == {"exact", "k-seq"}
+    assert {n for n, v in VERIFIERS.items() if v.lossless} == {"exact", "match", "k-seq"}
     for name, cls in VERIFIERS.items():
         assert cls.proposals <= {"iid", SPLIT, "point"} and cls.many == (name != "grouped")
         assert cls.proposals == ({"iid"} if name == "k-seq" else {"iid", SPLIT, "point"})

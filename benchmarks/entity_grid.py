@@ -7,7 +7,8 @@
 
 Several processes share the work with `train --part 1/2` and `train --part 2/2`. The pairs are those of `EntityAR`:
 token, cell, subsample, scale and image, drawn by a categorical (ids of a VQ), a flow or a diffusion (latents of a
-KL-VAE). What is said of them holds for this budget, which the table's title states, and for no other; docs/entities.md has a table.
+KL-VAE). What is said of them holds for this budget, which the table's title states, and for no other. docs/entities.md
+has a table.
 """
 
 import json

@@ -118,3 +118,14 @@ def test_unusual_pixels_are_read_as_they_look(
     found = read(tmp_path, encoded(image, kind))
     assert found.mode == "RGB" and found.size == (6, 4)
     assert np.abs(np.asarray(found, int) - np.array(colour)).max() <= 3
+
+
+def test_the_controls_fit_a_model_of_latents_too() -> None:
+    """It has no logits to filter: those controls are off, and are not handed on."""
+    from varkit import AutoPipeline
+    from varkit.demo.common import check_settings, setting_updates
+
+    pipeline = AutoPipeline.from_pretrained("fashion-xar")
+    values = [update["value"] for update in setting_updates(pipeline)]
+    settings = check_settings(pipeline, values)
+    assert settings == {"guidance_scale": 2.0, "temperature": 1.0}

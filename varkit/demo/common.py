@@ -188,9 +188,10 @@ SETTINGS = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth", "n
 
 
 def defaults(pipeline: Any) -> dict[str, Any]:
-    """Of the controls; a sampler that knows no smoothing has it off, and all tokens are the rule."""
+    """Of the controls; what a sampler does not know is off: smoothing, and of latents the filters of logits."""
     known = {k: v for k, v in pipeline.sampler.settings().items() if k in SETTINGS and v is not None}
-    return {"more_smooth": False, "num_tokens": pipeline.image_tokenizer.layout.length} | known
+    off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "more_smooth": False}
+    return {**off, "num_tokens": pipeline.image_tokenizer.layout.length, **known}
 
 
 def _most_k(pipeline: Any) -> int:

@@ -121,11 +121,15 @@ def test_unusual_pixels_are_read_as_they_look(
 
 
 def test_the_controls_fit_a_model_of_latents_too() -> None:
-    """It has no logits to filter: those controls are off, and are not handed on."""
+    """It has no logits to filter: those controls are not shown, and nothing of them is handed on."""
     from varkit import AutoPipeline
     from varkit.demo.common import check_settings, setting_updates
 
     pipeline = AutoPipeline.from_pretrained("fashion-xar")
-    values = [update["value"] for update in setting_updates(pipeline)]
+    updates = setting_updates(pipeline)
+    values = [update["value"] for update in updates]
+    assert [update.get("visible", True) for update in updates] == [True, True, False, False, False, False]
+    of_ids = setting_updates(AutoPipeline.from_pretrained("fashion-var"))
+    assert [update.get("visible", True) for update in of_ids] == [True, True, True, True, True, False]
     settings = check_settings(pipeline, values)
     assert settings == {"guidance_scale": 2.0, "temperature": 1.0}

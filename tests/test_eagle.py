@@ -22,8 +22,8 @@ from varkit.generators.llamagen import LlamaGen
 from varkit.interfaces import Cond
 from varkit.pipelines.auto import open_drafter
 from varkit.samplers.processors import build_processors
-from varkit.samplers.speculative.eagle import EagleDrafter
-from varkit.samplers.speculative.eagle_trees import TREES, DynamicTree, StaticTree, leaf_paths, parse_tree
+from varkit.samplers.speculative.drafters.eagle import EagleDrafter
+from varkit.samplers.speculative.drafters.eagle_trees import TREES, DynamicTree, StaticTree, leaf_paths, parse_tree
 from varkit.samplers.speculative.interfaces import DraftBlock, Outcome
 from varkit.samplers.speculative.proposals import draw_without_replacement
 from varkit.samplers.speculative.target import ancestors_of

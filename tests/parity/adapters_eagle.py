@@ -16,8 +16,8 @@ from varkit.heads.categorical import Categorical
 from varkit.interfaces import Processor
 from varkit.rng import Rng
 from varkit.samplers.processors import build_processors
-from varkit.samplers.speculative.eagle import EagleDrafter
-from varkit.samplers.speculative.eagle_trees import DynamicTree, StaticTree, leaf_paths
+from varkit.samplers.speculative.drafters.eagle import EagleDrafter
+from varkit.samplers.speculative.drafters.eagle_trees import DynamicTree, StaticTree, leaf_paths
 from varkit.samplers.speculative.interfaces import DraftBlock
 from varkit.samplers.speculative.target import ancestors_of
 from varkit.training.objectives.eagle import drafter_loss

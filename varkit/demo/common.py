@@ -215,14 +215,15 @@ def check_settings(pipeline: Any, values: Sequence[Any]) -> dict[str, Any]:
 
 
 def setting_updates(pipeline: Any) -> list[dict[str, Any]]:
-    """Properties of the six controls that depend on the model, in the order of `SETTINGS`."""
-    default = defaults(pipeline)
+    """Properties of the six controls that depend on the model, in the order of `SETTINGS`. What its sampler does not
+    know is not shown."""
+    default, known = defaults(pipeline), pipeline.sampler.settings()
     return [
         {"value": default["guidance_scale"], "maximum": max(5.0, default["guidance_scale"])},
         {"value": default["temperature"], "maximum": max(2.0, default["temperature"])},
-        {"value": default["top_k"], "maximum": _most_k(pipeline)},
-        {"value": default["top_p"]},
-        {"value": default["more_smooth"]},
+        {"value": default["top_k"], "maximum": _most_k(pipeline), "visible": "top_k" in known},
+        {"value": default["top_p"], "visible": "top_p" in known},
+        {"value": default["more_smooth"], "visible": "more_smooth" in known},
         {
             "value": default["num_tokens"],
             "maximum": pipeline.image_tokenizer.layout.length,

@@ -22,7 +22,7 @@ from torch import Tensor
 from varkit.generators.eagle import Eagle, EagleState
 from varkit.interfaces import Processor
 from varkit.rng import Draw, Rng
-from varkit.samplers.speculative.eagle_trees import DynamicTree, StaticTree, parse_tree
+from varkit.samplers.speculative.drafters.eagle_trees import DynamicTree, StaticTree, parse_tree
 from varkit.samplers.speculative.interfaces import DraftBlock, Drafter, Outcome, Progress
 from varkit.samplers.speculative.proposals import draw_without_replacement
 from varkit.samplers.speculative.target import Target

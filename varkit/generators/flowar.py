@@ -27,7 +27,7 @@ from varkit.heads.flow_transformer import FlowHead
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State, Tokenizer
 from varkit.layers.cache import KVCache
-from varkit.layers.modulated import Trunk, block_mask, init_weights, places
+from varkit.layers.modulated import TRUNK_LORA, Trunk, block_mask, init_weights, places
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
@@ -70,13 +70,7 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     training_options = frozenset({"weight", "hidden_layer"})
     no_decay = ("pos_embed_learned",)
     class_embedding = "class_emb"
-    lora_targets = (
-        "trunk.*_blocks.*.attn.qkv",
-        "trunk.*_blocks.*.attn.proj",
-        "trunk.*_blocks.*.mlp.fc1_g",
-        "trunk.*_blocks.*.mlp.fc1_x",
-        "trunk.*_blocks.*.mlp.fc2",
-    )
+    lora_targets = TRUNK_LORA
     free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate"})
     """These: see `varkit.training.finetune.Tunable`."""
     sampler = "ContinuousSampler"

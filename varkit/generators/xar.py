@@ -29,7 +29,7 @@ from varkit.heads.flow import Flow, SigmaKind, add_noise, draw_sigma
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State, Tokenizer
 from varkit.layers.cache import KVCache
-from varkit.layers.modulated import TimeEmbedding, Trunk, block_mask, init_weights, places
+from varkit.layers.modulated import TRUNK_LORA, TimeEmbedding, Trunk, block_mask, init_weights, places
 from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
@@ -82,13 +82,7 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     training_options = frozenset({"weight", "hidden_layer"})
     no_decay = ("pos_embed_learned",)
     class_embedding = "class_emb"
-    lora_targets = (
-        "trunk.*_blocks.*.attn.qkv",
-        "trunk.*_blocks.*.attn.proj",
-        "trunk.*_blocks.*.mlp.fc1_g",
-        "trunk.*_blocks.*.mlp.fc1_x",
-        "trunk.*_blocks.*.mlp.fc2",
-    )
+    lora_targets = TRUNK_LORA
     free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate", "sigma", "context_noise"})
     """These: see `varkit.training.finetune.Tunable`."""
     sampler = "ContinuousSampler"

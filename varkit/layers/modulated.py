@@ -23,6 +23,15 @@ from varkit.layout import Grid
 
 EPS = 1e-6
 
+TRUNK_LORA = (
+    "trunk.*_blocks.*.attn.qkv",
+    "trunk.*_blocks.*.attn.proj",
+    "trunk.*_blocks.*.mlp.fc1_g",
+    "trunk.*_blocks.*.mlp.fc1_x",
+    "trunk.*_blocks.*.mlp.fc2",
+)
+"""What LoRA adapts in a model whose `trunk` is a `Trunk`."""
+
 
 def rms(x: Tensor) -> Tensor:
     """Divided by the root mean square, in float32."""

@@ -87,8 +87,8 @@ def token_order(name: str, grid: Sequence[int], seed: int = 0) -> Tensor:
     check_order(name)
     if name in GROUPED:
         raise ValueError(
-            f"the order {name} decides which tokens are predicted at once; it goes with generators that predict several "
-            f"a step, such as MaskGIT and MAR. For one token a step choose one of {', '.join(NAMES)}"
+            f"the order {name} decides which tokens are predicted at once; it goes with generators that predict "
+            f"several a step, such as MAR and masked ones. For one token a step choose one of {', '.join(NAMES)}"
         )
     if len(grid) not in (1, 2):
         raise ValueError(f"an order is of a grid (h, w) or (n,); got {tuple(grid)}")
@@ -117,7 +117,9 @@ def order_groups(name: str, grid: Sequence[int], sizes: Sequence[int], seed: int
     if name not in GROUPED:
         return list(token_order(name, grid, seed).split(list(sizes)))
     if len(grid) != 2:
-        raise ValueError(f"the order {name} goes by neighbours in a grid (h, w); these tokens have the grid {tuple(grid)}")
+        raise ValueError(
+            f"the order {name} goes by neighbours in a grid (h, w); these tokens have the grid {tuple(grid)}"
+        )
     length = grid[0] * grid[1]
     return locality_groups(grid, LPD_SIZES.get((length, len(sizes)), sizes), seed=seed)
 
@@ -158,7 +160,11 @@ def locality_groups(
     distance, apart = torch.hypot(rows, columns), torch.maximum(rows, columns)
     weight = torch.where(apart == 1, 1 / distance, 0.0)
     left = torch.ones(length, dtype=torch.bool)
-    groups, proximity, every = list[Tensor](), torch.zeros(length, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    groups, proximity, every = (
+        list[Tensor](),
+        torch.zeros(length, dtype=torch.float64),
+        torch.zeros(0, dtype=torch.int64),
+    )
     for size in sizes:
         ranked = rank[proximity[rank].round(decimals=9).argsort(descending=True, stable=True)]
         ranked = ranked[left[ranked]]

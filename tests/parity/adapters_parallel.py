@@ -1,4 +1,4 @@
-"""Parallel decoding: from recorded runs to our public classes. Recorded draws are handed out by the position they decide."""
+"""Parallel decoding: from recorded runs to our public classes. Recorded draws go to the positions that they decide."""
 
 from __future__ import annotations
 

@@ -138,8 +138,11 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         if self._draft is None or self._draft[0] != key:
             model, labels = open_transformer(name, Generator)
             own = getattr(self, "labels", {})
-            if labels and own and labels != own:
-                raise ValueError(f"the draft {name} has other classes than this model: {labels}, not {own}")
+            if labels and own and (odd := sorted(k for k in {*labels, *own} if labels.get(k) != own.get(k))):
+                raise ValueError(
+                    f"the draft {name} has other classes than this model: {odd[0]} is {labels.get(odd[0])!r} there and "
+                    f"{own.get(odd[0])!r} here"
+                )
             if find_folder(name) is not None:
                 tokenizer, ours = open_tokenizer(name), dict(self.image_tokenizer.named_parameters())
                 theirs = dict(tokenizer.named_parameters())
@@ -147,7 +150,8 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                     raise ValueError(
                         f"the draft {name} was trained on the tokens of another tokenizer; both models must share one"
                     )
-            self._draft = key, model.eval().to(transformer.device, transformer.dtype)
+            model = model.to(transformer.device).eval()
+            self._draft = key, model if model.dtype == transformer.dtype else model.to(transformer.dtype)
         return self._draft[1]
 
     @torch.no_grad()
@@ -296,7 +300,7 @@ def generate(
 
 
 def speculation(took: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What samplers of several tokens a pass brought over some batches, given their `stats`; empty where there were none.
+    """What samplers of several tokens a pass brought over batches, given their `stats`; empty where there are none.
 
     tokens_per_call: mean over images.   law: whether it is that of plain decoding.
     accepted, drafted: tokens in all, where any were drafted.

@@ -269,8 +269,8 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
         """Raises ValueError unless both are MAR of the same tokens."""
         if draft is None:
             raise ValueError(
-                "continuous speculative decoding needs a second, smaller MAR: draft=, the sampler's draft_model, or on the "
-                "command line --draft"
+                "continuous speculative decoding needs a second, smaller MAR: draft=, the sampler's draft_model, or on "
+                "the command line --draft"
             )
         ContinuousSpeculativeSampler.check_target(transformer)
         ContinuousSpeculativeSampler.check_target(draft, "the draft")

@@ -1,5 +1,5 @@
-"""ZipAR: rows of a grid are decoded side by side, each a few tokens behind the one above it. It needs no training and is
-not lossless.
+"""ZipAR: rows of a grid are decoded side by side, each a few tokens behind the one above it. It needs no training; it
+is not lossless.
 
 Sources: He et al., "ZipAR: Parallel Auto-regressive Image Generation through Spatial Locality", arXiv 2412.04062;
 ThisisBillhe/ZipAR: LlamaGen-ZipAR/autoregressive/models/generate_zipar.py (2a5695c).
@@ -85,8 +85,9 @@ def zip_steps(grid: Sequence[int], window: int, official_quirks: bool = False) -
                 early.add(row)
             entries.append((position, True, reads))
             counts[row] += 1
-            if counts[row] == width and row + 1 in early:
-                again = (row + 1) * width
+        for row in early:  # of one whose row above is whole now, the entry that read another token
+            if counts[row - 1] == width > done[row - 1]:
+                again = row * width
         positions, drawn, read = zip(*entries, strict=True)
         steps.append(ZipStep(torch.tensor(positions), torch.tensor(drawn), torch.tensor(read), copied))
     return steps
@@ -145,8 +146,8 @@ class ZipARSampler(NextGroupSampler, SchedulerMixin):  # named here too: diffuse
     Args:
         window: tokens that a row has before the next one begins.
         official_quirks: as released, see the module; the window is then at least 2 and at most a row.
-        others: see `NextGroupSampler`; guidance of a token is that of its turn in the raster. `more_smooth`, `num_tokens`,
-            `num_steps` and any order but the raster are refused.
+        others: see `NextGroupSampler`; guidance of a token is that of its turn in the raster. `more_smooth`,
+            `num_tokens`, another `num_steps` and any order but the raster are refused.
     """
 
     @register_to_config
@@ -176,7 +177,7 @@ class ZipARSampler(NextGroupSampler, SchedulerMixin):  # named here too: diffuse
             raise ValueError(f"window must be a whole number of tokens, at least {least}; got {self.config.window!r}")
         if merged["order"] not in (None, "raster") or merged["num_tokens"] is not None or merged["more_smooth"]:
             raise ValueError(
-                "ZipAR decodes all rows of the raster side by side, and ids: leave out order, num_tokens and more_smooth"
+                "ZipAR decodes all rows of the raster side by side, and ids: leave out order, num_tokens, more_smooth"
             )
         return merged
 

@@ -243,7 +243,7 @@ def with_draft(samplers: Sequence[str], draft: str | None) -> list[str]:
     asking = [name.partition(":")[0].partition("+")[0] in DRAFTED for name in samplers]
     if not any(asking):
         raise ValueError(
-            f"a draft model is asked by the samplers {' and '.join(DRAFTED)} (of MAR, and of models of one token a step), "
+            f"a draft model is asked by the samplers {' and '.join(DRAFTED)} (of MAR; of models of one token a step), "
             f"such as --sampler {DRAFTED[0]}; got {', '.join(samplers) or 'none'}"
         )
     pairs = zip(samplers, asking, strict=True)
@@ -255,8 +255,8 @@ def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> An
 
     Args:
         name: `plain`; `auto`, see below; `sjd`, a drafter (verified exactly), or DRAFTER+VERIFIER, each with options of
-            either behind a colon: `sjd:window=8,start=repeat-above`, `little:model=NAME`. Others that take fewer passes:
-            `zipar:window=4`, rows of a grid side by side; `cspd:model=NAME`, of MAR.
+            either behind a colon: `sjd:window=8,start=repeat-above`, `little:model=NAME`. Others that take fewer
+            passes: `zipar:window=4`, rows of a grid side by side; `cspd:model=NAME`, of MAR.
         own: the pipeline's sampler.   batch: images that are drawn at once.
 
     `auto` is speculative Jacobi decoding, which needs no other network and keeps the law of plain decoding, where the

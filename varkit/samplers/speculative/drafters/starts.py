@@ -18,8 +18,8 @@ SIDES = {"repeat-left": "left", "resample": "left", "repeat-above": "above"}
 
 @dataclass
 class FirstDrafts:
-    """`random`: a token of the vocabulary; `repeat-left`, `repeat-above`: the neighbour's token; `resample`: a draw from
-    the neighbour's law. Where there is no neighbour, it is random.
+    """`random`: a token of the vocabulary; `repeat-left`, `repeat-above`: the neighbour's token; `resample`: a draw
+    from the neighbour's law. Where there is no neighbour, it is random.
 
     start: one of `STARTS`.   neighbours: (T,) turns, see `Neighbours`; None with `random`.
     random: (B, T) or (B, T, G) int64.   numbers: (B, T) or (B, T, G), of the draws.

@@ -251,7 +251,8 @@ class _Run:
 
     def __init__(self, target: Target, rng: Rng, known: Known | None, zeros: bool) -> None:
         self.target, self.zeros, batch, length = target, zeros, len(target.turns), len(target.order)
-        device, self.slots = target.order.device, None
+        device = target.order.device
+        self.slots: ScatteredSlots | None = None
         self.known = None if known is None else (known[0], known[1].expand(batch, length))
         count = target.factors[0] if target.factors else None
         self.uniform = rng.uniform(target.order, Draw.TOKEN, count=count)  # B L, B L G

@@ -126,7 +126,18 @@ def test_lines_have_two_polarities(weights: Path) -> None:
     images = noise(2, 24, 32)
     black, white = (build_extractor(name, weights=weights)(images).int() for name in ("lineart", "lineart-white"))
     assert black.float().std() > 1
+    network = build_extractor("lineart", weights=weights).network  # type: ignore[attr-defined]
+    with torch.no_grad():
+        wanted = 255 * network(images.permute(0, 3, 1, 2).float())[:, 0]
+    assert float((black - wanted).abs().max()) <= 0.51  # as the network draws: black on white, fed RGB in 0 .. 255
     assert int((black + white - 255).abs().max()) <= 1
+
+
+def test_hed_is_fed_rgb(weights: Path) -> None:
+    images, hed = noise(1, 32, 24), build_extractor("hed", weights=weights)
+    with torch.no_grad():
+        wanted = hed.network(images.permute(0, 3, 1, 2).float())  # type: ignore[attr-defined]
+    torch.testing.assert_close(hed.floats(images), wanted)  # type: ignore[attr-defined]
 
 
 def test_hed_of_one_colour_is_flat_and_edges_are_not(weights: Path) -> None:
@@ -180,7 +191,7 @@ def _dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         initializer_range=0.3,
     )  # fmt: skip
     transformers.DPTForDepthEstimation(config).save_pretrained(folder)
-    transformers.DPTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    transformers.DPTImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.6, 0.7]).save_pretrained(folder)
     return folder
 
 
@@ -206,6 +217,15 @@ def test_depth_is_scaled_by_its_rule(dpt: Path) -> None:
     assert spread.amin((1, 2)).tolist() == [0, 0] and min(spread.amax((1, 2)).tolist()) >= 254
     at_size = build_extractor("depth", model=dpt, size=32)(images)
     assert at_size.shape == (2, 50, 70) and not torch.equal(at_size, by_maximum)
+
+
+def test_the_rules_of_scaling(dpt: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its maximum, to the nearest level; from its minimum to its maximum, truncated; flat maps are black."""
+    said = torch.tensor([[[2.0, 4.0], [3.0, 6.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    for scaling, wanted in (("max", [[85, 170], [128, 255]]), ("min-max", [[0, 127], [63, 255]])):
+        depth = Depth(dpt, scaling=scaling)  # type: ignore[arg-type]
+        monkeypatch.setattr(depth, "raw", lambda images: said)
+        assert depth(noise(2, 2, 2)).tolist() == [wanted, [[0, 0], [0, 0]]]
 
 
 def test_a_hybrid_sees_its_own_square(tmp_path: Path) -> None:

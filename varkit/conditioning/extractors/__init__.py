@@ -32,7 +32,7 @@ class AsGiven:
         return images
 
 
-_LINES = {
+_LINES: dict[str, Any] = {
     "channels": 1,
     "resize": "bicubic",
     "needs": "model.pth of the Space awacke1/Image-to-Line-Drawings (ControlNet calls its copy sk_model.pth)",

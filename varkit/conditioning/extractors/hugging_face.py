@@ -47,7 +47,7 @@ def _opened(opener: Callable[..., Any], name: str | Path, what: str) -> Any:
             where = f"the folder holds {', '.join(sorted(os.listdir(path))[:8]) or 'nothing'}"
         else:
             where = f"there is no such folder, and it is not in the cache {HF_HUB_CACHE} nor to be had from the hub"
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().splitlines()[0].split(". ")[0]
         raise ValueError(
             f"{what}: {str(name)!r} cannot be opened: {where} ({first}). Give the name of a repository of the hub, or "
             "a folder with config.json, preprocessor_config.json and model.safetensors (model=)"

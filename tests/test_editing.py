@@ -435,6 +435,16 @@ def test_rar_reads_known_tokens_first_unless_an_order_is_asked_for() -> None:
     assert torch.equal(everything, given) and out.steps == 0
 
 
+def test_drafts_are_read_behind_known_tokens_too() -> None:
+    pipe = of(next(n for n in GENERATORS if n.startswith("rar")))
+    images = random_images(pipe.image_tokenizer, 2)
+    call: dict[str, Any] = {"box": (0, 0, 0.7, 0.5), "top_k": 1, "seed": 0, "output_type": "latent"}
+    plain, drafted = (pipe.edit(images, **call, **s) for s in ({}, {"sampler": "sjd"}))
+    assert torch.equal(plain.images, drafted.images)
+    in_raster = pipe.edit(images, order="raster", **call)
+    assert not torch.equal(plain.images, in_raster.images)
+
+
 def model_logits(name: str, tokens: Tensor, order: Tensor) -> Tensor:
     model: Any = tiny_pair(name)[0]
     liven(model)

@@ -129,9 +129,10 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         """
         settings = self.settings(**changes)
         if known is None or known[1].dim() > 1 or settings["order"] is not None or settings["num_tokens"] is not None:
-            return torch.empty(0, dtype=torch.int64), self.groups(transformer, **changes)
+            groups = self.groups(transformer, **changes)
+            return groups[0][:0], groups
         before, groups = transformer.groups_around(known[1][None], rng[:1], settings["num_steps"])
-        return before[0], groups
+        return (before[0].to(groups[0].device) if groups else before[0]), groups
 
     def count_steps(self, transformer: Generator, known: Known | None = None, **changes: Any) -> int:
         """How many steps `generate` will take."""

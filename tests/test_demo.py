@@ -44,6 +44,8 @@ SIDE = 8  # of the tiny model's images
 NAME = "tiny var"  # with a space: what is printed must be quoted
 OWN = (2.0, 1.0, 0, 1.0, False, 21)  # the tiny model's own settings, in the order of the controls
 OTHER = (1.5, 0.8, 12, 0.9, True, 21)
+PLAIN = (edit.MARKS, False, 0.0)
+"""Of the edit tab: what is marked is redrawn, nothing pasted back."""
 LOWER = "0000/0000/1111/1111"
 """Marks on the tiny model's 4 x 4 cells."""
 NAMES = ("guidance_scale", "temperature", "top_k", "top_p", "more_smooth")
@@ -108,9 +110,9 @@ def upload(image: Image.Image, path: Path, **options: Any) -> dict[str, Any]:
     return {"path": str(path), "orig_name": path.name, "meta": {"_type": "gradio.FileData"}}
 
 
-def redraw(models: Models, sent: Any, *, marks: Any = LOWER, label: str = edit.FOLLOW) -> Any:
+def redraw(models: Models, sent: Any, *, marks: Any = LOWER, label: str = edit.FOLLOW, how: Any = PLAIN) -> Any:
     """Everything that an edit with the model's own settings and seed 3 yields."""
-    return list(edit.edit(models, NAME, sent, marks, label, *OWN, 3))
+    return list(edit.edit(models, NAME, sent, marks, label, *OWN, 3, *how))
 
 
 # ---- models on offer ----------------------------------------------------------------------------------------------
@@ -137,7 +139,7 @@ def test_a_name_not_on_offer_never_reaches_the_disk(folder: Path, monkeypatch: p
     fresh, name = Models([folder]), str(folder) if name == "FOLDER" else name
     for call in (
         lambda: next(class_to_image.generate(fresh, name, "all", 1, *OWN, 0)),
-        lambda: next(edit.edit(fresh, name, {"path": str(folder)}, LOWER, edit.FOLLOW, *OWN, 0)),
+        lambda: next(edit.edit(fresh, name, {"path": str(folder)}, LOWER, edit.FOLLOW, *OWN, 0, *PLAIN)),
         lambda: edit.preview(fresh, name, {"path": str(folder)}),
         lambda: edit.refresh(fresh, name, None),
         lambda: class_to_image.refresh(fresh, name),
@@ -302,7 +304,7 @@ def test_a_model_of_flexible_length_shows_and_takes_numbers_of_tokens(tmp_path: 
     sent = upload(picture, tmp_path / "x.png")
     assert build_demo([tmp_path / "flexible"]) is not None
     edit.refresh(models, "flexible", sent)
-    told = refused(lambda: next(edit.edit(models, "flexible", sent, "1", edit.FOLLOW, *own, 6, 5)))
+    told = refused(lambda: next(edit.edit(models, "flexible", sent, "1", edit.FOLLOW, *own, 6, 5, *PLAIN)))
     assert told.startswith("The tokens of this model have no places in the image")
     _, scales, _, _ = reconstruct.reconstruct(models, "flexible", sent)
     assert [caption for _, caption in scales] == ["1 token", "2 tokens", "4 tokens", "6 tokens"]
@@ -532,7 +534,7 @@ def test_the_printed_python_makes_the_same_edit(
     elif kind == "palette":
         image = image.quantize(16)
     sent = upload(image, tmp_path / "image.png", **options)
-    *_, ((_, after), _, text) = edit.edit(models, NAME, sent, "0110/1111/0000/1000", "Bag", *OTHER, 12)
+    *_, ((_, after), _, text) = edit.edit(models, NAME, sent, "0110/1111/0000/1000", "Bag", *OTHER, 12, *PLAIN)
     assert ("NEAREST" in text) == (kind == "own")
     monkeypatch.chdir(tmp_path)
     exec(compile(text, "printed", "exec"), {})
@@ -547,11 +549,52 @@ def test_the_printed_python_names_only_what_is_not_the_models_own(
     assert "pipeline.edit(image, mask=mask, class_labels=None, seed=3)" in text and LOWER in text
 
 
+@pytest.mark.parametrize("what", [edit.MARKS, *edit.GROWTH])
+@pytest.mark.parametrize("paste", [False, True])
+@pytest.mark.parametrize("kind", ["own", "photo"])
+def test_out_painting_and_pasting_are_the_pipelines_and_their_python_does_the_same(
+    models: Models,
+    picture: Image.Image,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+    paste: bool,
+    kind: str,
+) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 600, 3), dtype=np.uint8))
+    sent = upload(enlarge(picture) if kind == "own" else image, tmp_path / "image.png")
+    *_, ((before, after), told, text) = redraw(models, sent, how=(what, paste, 0.1))
+    assert before.size == after.size and not same(before, after)
+    assert told.startswith("Redrawn 50% in" if what == edit.MARKS else "Grown in")
+    assert (LOWER in text, "paste_back=True, feather=0.1" in text) == (what == edit.MARKS, paste)
+    if paste and kind == "photo":
+        assert after.size == {"marks": (600, 300), "around": (900, 450), "above": (600, 450)}.get(what, after.size)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text, "printed", "exec"), {})
+    assert same(enlarge(Image.open("edited.png")), after)
+
+
+def test_the_page_edits_models_of_latents_too(tmp_path: Path) -> None:
+    entry = model_entry("xar_fashion")
+    tokenizer = create_model(str(entry.tokenizer), **entry.tiny_tokenizer)
+    assemble(entry.build(**entry.tiny).eval(), tokenizer.eval(), {"head_steps": 3}).save_pretrained(tmp_path / "xar")
+    models, side = Models([tmp_path / "xar"]), 16
+    rows = "/".join(["1" * 8] * 4 + ["0" * 8] * 4)
+    sent = upload(Image.new("RGB", (3 * side, 2 * side), "red"), tmp_path / "x.png")
+    for what, size in ((edit.MARKS, (48, 32)), ("left", (72, 32))):
+        *_, ((_, after), _, _) = edit.edit(models, "xar", sent, rows, "1", *OWN, 3, what, True, 0.0)
+        assert after.size == enlarge(Image.new("RGB", size)).size
+
+
 def test_an_edit_refuses_bad_input_in_words(models: Models, picture: Image.Image, tmp_path: Path) -> None:
     sent = upload(picture, tmp_path / "x.png")
     assert "Upload an image or choose an example first" in refused(lambda: redraw(models, None))
     assert "No class is called 'hat'" in refused(lambda: redraw(models, sent, label="hat"))
-    assert "Seed must be" in refused(lambda: list(edit.edit(models, NAME, sent, LOWER, edit.FOLLOW, *OWN, None)))
+    assert "What is drawn must be one of marks, around" in refused(lambda: redraw(models, sent, how=("all", False, 0)))
+    assert "Feather must be a number" in refused(lambda: redraw(models, sent, how=(edit.MARKS, True, 2)))
+    assert "Seed must be" in refused(
+        lambda: list(edit.edit(models, NAME, sent, LOWER, edit.FOLLOW, *OWN, None, *PLAIN))
+    )
 
 
 # ---- the page -----------------------------------------------------------------------------------------------------
@@ -638,7 +681,7 @@ def test_the_served_page_generates(models: Models, address: str) -> None:
 
 
 def test_the_served_page_edits_an_upload(models: Models, address: str, picture: Image.Image, tmp_path: Path) -> None:
-    values = [LOWER, edit.FOLLOW, *OWN, 3]
+    values = [LOWER, edit.FOLLOW, *OWN, 3, *PLAIN]
     answer = call(address, "edit", [NAME, send(address, png(enlarge(picture))), *values])
     assert answer.startswith("event: complete"), answer
     (_, after), note, _ = json.loads(answer.split("data: ")[1])
@@ -651,7 +694,7 @@ def test_the_served_page_edits_an_upload(models: Models, address: str, picture: 
 def test_the_served_page_answers_a_broken_upload_with_a_sentence(
     address: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    values = [LOWER, edit.FOLLOW, *OWN, 3]
+    values = [LOWER, edit.FOLLOW, *OWN, 3, *PLAIN]
     answer = call(address, "edit", [NAME, send(address, b"no image at all"), *values])
     assert answer.startswith("event: error") and "This file is not an image that can be read" in answer
     assert "Traceback" not in caplog.text + "".join(capfd.readouterr())
@@ -682,7 +725,7 @@ def test_the_served_page_takes_no_file_above_its_limit(folder: Path, monkeypatch
 def test_the_served_page_reads_no_file_that_was_not_uploaded(
     address: str, picture: Image.Image, tmp_path: Path
 ) -> None:
-    values = [LOWER, edit.FOLLOW, *OWN, 3]
+    values = [LOWER, edit.FOLLOW, *OWN, 3, *PLAIN]
     answer = call(address, "edit", [NAME, upload(picture, tmp_path / "secret.png"), *values])
     assert answer.startswith("event: error") and "Redrawn" not in answer
 

@@ -75,6 +75,8 @@ class EagleDrafter(Drafter):
         order = target.order
         if not torch.equal(order, torch.arange(len(order), device=order.device)):
             raise ValueError("an EAGLE drafter is trained on one order of the tokens, raster; leave out order=")
+        if self.network.config.official_quirks:
+            target.state.official_padding = True
 
     def begin(self, target: Target, rng: Rng) -> None:
         """A batch whose first token is decided; the target has seen its prefix, and kept the states in `hidden`."""

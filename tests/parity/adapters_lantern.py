@@ -17,7 +17,6 @@ from varkit.checkpoints.files import load_strictly
 from varkit.conditioning.text import left_padded
 from varkit.generators.eagle import Eagle
 from varkit.generators.llamagen import LlamaGen
-from varkit.interfaces import Cond
 from varkit.rng import Draw, Rng
 from varkit.samplers.processors import build_processors
 from varkit.samplers.speculative.drafters.eagle import EagleDrafter

@@ -19,11 +19,12 @@ from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator
 from varkit.layers.packed import can_pack, pack_linears
-from varkit.pipelines.auto import SAMPLERS, open_transformer
+from varkit.pipelines.auto import SAMPLERS, open_drafter, open_transformer
 from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known
-from varkit.samplers.speculative.sampler import SpeculativeSampler, named_sampler
+from varkit.samplers.speculative.names import named_sampler
+from varkit.samplers.speculative.sampler import SpeculativeSampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -117,9 +118,13 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         chosen = self.sampler if sampler is None else sampler
         if isinstance(sampler, str):
             chosen = named_sampler(sampler, self.sampler, self.transformer, batch)
-        if isinstance(chosen, SpeculativeSampler) and (name := chosen.model_to_open) is not None:
-            model: Any = open_transformer(name, Generator)[0]
-            chosen.draft_model = model.eval().to(self.transformer.device, self.transformer.dtype)
+        if isinstance(chosen, SpeculativeSampler) and (opened := chosen.model_to_open) is not None:
+            option, name = opened
+            of_states = option == "network"
+            model: Any = open_drafter(name, self.transformer) if of_states else open_transformer(name, Generator)[0]
+            chosen.draft_model = model = model.eval().to(self.transformer.device)
+            if model.dtype != self.transformer.dtype:
+                model.to(dtype=self.transformer.dtype)
         return chosen
 
     @torch.no_grad()

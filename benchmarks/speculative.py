@@ -79,8 +79,14 @@ class Bench:
         for parameter in self.model.parameters():
             if not parameter.any():  # a head that starts at zero gives flat laws, where all is accepted
                 torch.nn.init.normal_(parameter, std=0.1)
-        self.model.to(self.device, getattr(torch, options["dtype"]))
+        self.model = self.placed(self.model)
         self.guided, self.rows = options["guidance"], list[Row]()
+
+    def placed(self, model: Any) -> Any:
+        import torch
+
+        model = model.to(self.device)
+        return model if self.options["dtype"] == "float32" else model.to(dtype=getattr(torch, self.options["dtype"]))
 
     def synced(self) -> float:
         import torch
@@ -173,14 +179,14 @@ class Bench:
             return Jacobi(16), chosen
         if drafter == "recycling":
             return Recycling(), chosen
-        network = Eagle.of(self.model).eval().to(self.device, self.model.dtype)
-        return EagleDrafter(network, "dynamic"), chosen
+        return EagleDrafter(self.placed(Eagle.of(self.model).eval()), "dynamic"), chosen
 
     def round(self, drafter_name: str, verifier_name: str, batch: int, count: int) -> None:
         """The mean of `count` rounds at the start of an image, after one that is not counted."""
         import torch
 
         from varkit import Rng
+        from varkit.samplers.speculative.drafters.recycling import Recycling
         from varkit.samplers.speculative.engine import Loop
 
         drafter, verifier = self.parts(drafter_name, verifier_name)
@@ -202,6 +208,9 @@ class Bench:
             target = self.target(batch)
             drafter.check(target)
             loop = Loop(target, drafter, verifier, Rng.from_seed(0, batch).to(self.device))
+            if isinstance(drafter, Recycling):  # a table that is full, as later in an image
+                table = drafter.matrix.tokens
+                drafter.matrix.tokens = torch.randint_like(table, target.vocabulary)
             timed("target", target, "look")
             timed("drafter", drafter, "propose")
             timed("drafter", drafter, "observe")

@@ -40,9 +40,9 @@ def test_images_are_scored_by_a_protocol() -> None:
 
 
 def test_several_samplers_are_scored_in_one_table() -> None:
-    names = ["jacobi+bounded:tv_bound=0.2", "jacobi+lantern:k=8,tv_bound=0.1", "gsd:window=4"]
+    names = ["jacobi+lantern:k=8,tv_bound=0.1", "gsd:window=4"]
     args = ["bench", "fashion-llamagen", "--repeats", "1", "--batches", "1", "--device", "cpu", "--markdown"]
-    args += ["--reference", str(SLICE), "--num", "20", *(x for name in names for x in ("--sampler", name))]
+    args += ["--reference", str(SLICE), "--num", "4", *(x for name in names for x in ("--sampler", name))]
     done = CliRunner().invoke(app, args)
     assert done.exit_code == 0, done.output
     head, line, *rows = [text for text in done.stdout.splitlines() if text.startswith("|")]

@@ -43,7 +43,8 @@ def test_rows_are_beside_the_plain_call_of_their_batch() -> None:
         plain = next(r for r in llama if r["batch"] == row["batch"])
         assert plain["what"] == "plain: one token" and row["ratio"] == pytest.approx(row["ms"] / plain["ms"])
         if "drafter" in row:
-            assert row["target"] + row["drafter"] + row["verifier"] < row["ms"] and row["levels"] >= 1
+            assert row["target"] + row["drafter"] + row["verifier"] < row["ms"]
+    assert max(row.get("levels", 0) for row in llama) >= 1  # a tiny image may end in the first round
     assert [r["drafts"] for r in llama if r["batch"] == 2 and "drafts" in r] == [0, 1, 3, 7, 15, 31]
 
 

@@ -51,16 +51,14 @@ def bench(
     if pipeline.transformer.condition != "class":
         raise ValueError(f"{name} draws from texts; varkit bench draws from classes")
     # Chosen once, so that networks are opened and neighbours sorted once; and bad names are refused before any work.
-    chosen = {
-        each: {size: pipeline.choose_sampler(each, size) for size in sizes[: 1 + (each == "auto") * len(sizes)]}
-        for each in names
-    }
+    chosen = {each: pipeline.choose_sampler(each, sizes[0]) for each in names}
     rows = []
     for each in names:
         quality = score(pipeline, name, each, reference, protocol, num, seed, guidance) if reference else {}
         for size in sizes:
             say(f"{each}, {size} at once")
-            took = measure(pipeline, chosen[each].get(size, chosen[each][sizes[0]]), size, repeats, seed, guidance)
+            by = each if each == "auto" else chosen[each]  # auto depends on how many images are drawn at once
+            took = measure(pipeline, by, size, repeats, seed, guidance)
             rows.append({"sampler": each, "batch": size, **took, **quality})
     for row in rows:
         plain = next(r for r in rows if r["sampler"] == "plain" and r["batch"] == row["batch"])

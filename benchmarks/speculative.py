@@ -20,6 +20,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -152,11 +153,11 @@ class Bench:
             torch.arange(half - 1, device=self.device).expand(batch, -1), torch.full_like(turns[:, 0], half - 1)
         )
         for n in windows:
-            ms = self.median_ms(lambda n=n: target.look(ids[:, :n]))
+            ms = self.median_ms(partial(target.look, ids[:, :n]))
             self.add(f"window of {n}", batch, ms, drafts=n - 1)
         for n in trees:
             parents = (torch.arange(n, device=self.device) // 2).expand(batch, -1)  # each node has two children
-            ms = self.median_ms(lambda n=n, parents=parents: target.look(ids[:, : n + 1], parents))
+            ms = self.median_ms(partial(target.look, ids[:, : n + 1], parents))
             self.add(f"tree of {n} nodes", batch, ms)
 
     # ---- whole rounds ---------------------------------------------------------------------------------------------
@@ -218,7 +219,8 @@ class Bench:
             whole, done = 0.0, 0
             while not loop.done and done <= count:
                 if done == 1:
-                    spent.clear(), calls.clear()
+                    spent.clear()
+                    calls.clear()
                 began = self.synced()
                 loop.round()
                 whole, done = (whole if done else 0.0) + (self.synced() - began if done else 0.0), done + 1
@@ -238,7 +240,7 @@ class Bench:
         for positions in self.model.schedule():
             n = len(positions)
             inputs = torch.zeros(batch, n, self.model.layout.dim, dtype=like.dtype, device=self.device)
-            ms = self.median_ms(lambda inputs=inputs, positions=positions: self.model.predict(state, inputs, positions))
+            ms = self.median_ms(partial(self.model.predict, state, inputs, positions))
             self.model.append(state, torch.zeros(batch, n, dtype=torch.int64, device=self.device), positions)
             self.add(f"{self.options['var']}: scale of {n}", batch, ms)
 

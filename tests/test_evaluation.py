@@ -14,10 +14,12 @@ from PIL import Image
 from torch import Tensor
 from typer.testing import CliRunner
 
+import varkit
 from tests.conftest import HERE
 from tests.test_models import liven
 from varkit.cli import app
 from varkit.data.video import open_videos
+from varkit.generators.distilled_var import DistilledVAR
 from varkit.metrics.collect import Wanted, collect
 from varkit.metrics.evaluate import Options, evaluate, prepare
 from varkit.metrics.evaluate_videos import frames_as_images
@@ -602,6 +604,22 @@ def test_a_model_that_can_stop_early_is_scored_over_its_tokens_beside_reconstruc
         assert curve.values == [of[i].score("frechet").value for i in (1, 2, 0)] and len(set(curve.values)) == 3
     assert sum(len(r.curves) for r in report.results) == 3
     assert "FD(classifier), over tokens" in html(report)
+
+
+def test_a_model_is_scored_over_its_steps() -> None:
+    """A student's rows name no guidance, which it has built in; numbers it cannot do are refused before any work."""
+    _, b = halves()
+    shipped = varkit.AutoPipeline.from_pretrained("fashion-var")
+    student = DistilledVAR.of_teacher(shipped.transformer)
+    pipe = assemble(student, shipped.image_tokenizer, {"times": [0, 1]})
+    first, second = run(pipe, b, num=12, steps=[1, 2], cache=False).results
+    assert (first.settings["num_steps"], second.settings["num_steps"]) == (1, 2)
+    assert (first.name, second.name) == ("DistilledPipeline, 1 step", "DistilledPipeline, 2 steps")
+    assert first.score("frechet").value != second.score("frechet").value
+    with pytest.raises(ValueError, match="num_steps must be 1 to 2"):
+        run(pipe, b, num=12, steps=[1, 3])
+    with pytest.raises(ValueError, match="is no model"):
+        run(b, b, num=12, steps=[1])
 
 
 def test_a_tokenizer_is_scored_over_its_tokens_with_the_codes_in_use(flexible: Any) -> None:

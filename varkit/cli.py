@@ -116,6 +116,9 @@ def eval_(
     download: Annotated[bool, typer.Option(help="Fetch missing weights whose checksum is known.")] = False,
     classifier: Annotated[Path | None, typer.Option(help="Folder of the classifier that `accuracy` asks.")] = None,
     guidance: Annotated[str | None, typer.Option(help="Of a model: guidance scales, separated by commas.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Of a model whose steps can be chosen: numbers of them, separated by commas.")
+    ] = None,
     schedule: Annotated[str | None, typer.Option(help="Of a model: constant, linear, cosine or late.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of a model.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Of a model.")] = None,
@@ -153,6 +156,7 @@ def eval_(
         sampling=sampling,
         bounds=bounds,
         lengths=numbers(tokens, "--tokens", int),
+        steps=numbers(steps, "--steps", int),
         weights=weights,
         download=download,
         device=device,

@@ -81,6 +81,7 @@ def evaluate(
     sampling: dict[str, Any] | None = None,
     bounds: str | None = None,
     lengths: Sequence[int] = (),
+    steps: Sequence[int] = (),
     **options: Any,
 ) -> Report:
     """A report of one or several sets beside one reference.
@@ -100,6 +101,7 @@ def evaluate(
             what bounds its samples.
         lengths: tokens to decode from, for a tokenizer of flexible length, or to draw, for a model that can stop
             early; each is a result (at each guidance scale), and every score is drawn against them.
+        steps: numbers of steps to sample a model in, where it can choose; each is a result.
         options: of `Options`.
     Raises: ValueError and FileNotFoundError before any work, saying what is missing or does not fit.
     """
@@ -113,16 +115,18 @@ def evaluate(
     if rules.kind == "videos":
         from varkit.metrics.evaluate_videos import evaluate_videos
 
-        if lengths:
-            raise ValueError("lengths (--tokens) go with models and tokenizers of images; videos have none to choose")
+        if lengths or steps:
+            raise ValueError("--tokens and --steps go with models and tokenizers of images; videos have none to choose")
         return evaluate_videos(generated, reference, rules, how)
     if rules.kind == "reconstruction":
+        if steps:
+            raise ValueError("steps (--steps) are a model's; under a protocol of reconstructions nothing is sampled")
         from varkit.metrics.evaluate_reconstructions import evaluate_reconstructions
 
         return evaluate_reconstructions(generated, reference, rules, how, split=split, root=root, lengths=lengths)
     return evaluate_images(
         generated, reference, rules, how, split=split, root=root, classifier=classifier, guidance=guidance,
-        sampling=sampling or {}, bounds=bounds, lengths=lengths
+        sampling=sampling or {}, bounds=bounds, lengths=lengths, steps=steps
     )  # fmt: skip
 
 
@@ -139,14 +143,16 @@ def evaluate_images(
     sampling: dict[str, Any],
     bounds: str | None = None,
     lengths: Sequence[int] = (),
+    steps: Sequence[int] = (),
 ) -> Report:
     """As `evaluate`, for a protocol of images."""
     where = options.where
     network = open_network(protocol, options.weights, where, download=options.download)
     judge = open_classifier(classifier, network, protocol, where)
     sets = open_generated(
-        generated, protocol, where, guidance=guidance, lengths=lengths, sampling=sampling, bounds=bounds, root=root
-    )
+        generated, protocol, where, guidance=guidance, lengths=lengths, steps=steps, sampling=sampling, bounds=bounds,
+        root=root
+    )  # fmt: skip
     real = open_reference(reference, protocol, size=sets[0].size, split=split, root=root)
     for one in sets:
         check_images(one, real, protocol, network, judge)

@@ -145,13 +145,15 @@ def open_generated(
     *,
     guidance: Sequence[float] = (),
     lengths: Sequence[int] = (),
+    steps: Sequence[int] = (),
     sampling: dict[str, Any],
     bounds: str | None = None,
     root: str | None = None,
 ) -> list[ImageSet]:
-    """The sets to be scored; a model gives one for every guidance scale and number of tokens.
+    """The sets to be scored; a model gives one for every guidance scale, number of steps and number of tokens.
 
-    Raises: ValueError for sampler settings without a model to sample, and as `check_lengths` and `open_set`.
+    Raises: ValueError for sampler settings without a model to sample, and as `check_lengths`, the sampler and
+        `open_set`.
     """
     pipeline = None
     sets: list[ImageSet] = []
@@ -160,14 +162,19 @@ def open_generated(
         name = type(pipeline).__name__ if pipeline is source else str(source)
         fixed = {k: v for k, v in sampling.items() if v is not None}
         check_lengths(pipeline, lengths, **fixed)
-        for w, n in itertools.product(guidance or (None,), lengths or (None,)):
-            settings = fixed | ({"guidance_scale": w} if w else {}) | ({"num_tokens": n} if n else {})
+        for count in steps:  # what the sampler cannot do is refused before anything is drawn
+            pipeline.sampler.count_steps(pipeline.transformer, **fixed, num_steps=count)
+        for w, count, n in itertools.product(guidance or (None,), steps or (None,), lengths or (None,)):
+            asked = {"guidance_scale": w, "num_steps": count, "num_tokens": n}
+            settings = fixed | {k: v for k, v in asked.items() if v}
             one = model_set(pipeline, name, protocol, device, **settings)
-            title = f"{name}, guidance {one.settings['guidance_scale']:g}"
+            built_in = "times" in one.settings  # a student has learned its teacher's guidance
+            title = name if built_in else f"{name}, guidance {one.settings['guidance_scale']:g}"
+            title += f", {count} step{'s'[: count != 1]}" if count else ""
             if "classifier" in one.settings:
                 title += f", best of {one.settings.get('best_of', 1)} by {one.settings['classifier']}"
             sets.append(replace(one, name=title if n is None else f"{title}, {n} tokens"))
-    elif guidance or lengths or any(v is not None for v in sampling.values()):
+    elif guidance or steps or lengths or any(v is not None for v in sampling.values()):
         raise ValueError(f"{source} is no model (a shipped name or a pipeline folder): there is nothing to sample")
     else:
         many = isinstance(source, list | tuple)

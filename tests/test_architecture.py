@@ -27,9 +27,10 @@ GROUND = {
     "model_card",
     "metrics.report",
     "metrics.classifier",
+    "metrics.weights",
 }
 """Modules all may import. A card needs a report, which is plain data, and every model can be pushed with its card. A
-classifier is a network that knows nothing of metrics."""
+classifier is a network that knows nothing of metrics, and where weights lie is no matter of metrics alone."""
 
 PARTS = GROUND | {"layers", "heads.flow", "samplers.ode", "samplers.branches"}
 MODELS = PARTS | {"tokenizers", "heads", "conditioning", "generators", "samplers"}
@@ -46,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pictures": set(),
     "metrics.report": set(),
     "metrics.classifier": set(),
+    "metrics.weights": set(),
     "model_card": {"metrics.report"},
     "hub": {"metrics.report", "model_card"},
     "samplers.ode": set(),  # plain functions of tensors: flow decoders of tokenizers integrate too

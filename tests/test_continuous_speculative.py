@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor
+from typer.testing import CliRunner
 
 from tests.test_mar import small, vae
 from varkit import AutoPipeline, ClassToImagePipeline, Rng
+from varkit.cli import app
 from varkit.generators.mar import MAR
 from varkit.interfaces import Cond
 from varkit.samplers.continuous import ContinuousSampler
@@ -243,3 +249,98 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             ContinuousSpeculativeSampler(**settings)
+
+
+# ---- by name ------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, draft: MAR | None = None, labels: dict[str, str] | None = None, seed: int = 1) -> str:
+    """A pipeline of a tiny MAR; those of the same seed share their tokenizer."""
+    tokenizer = vae()
+    with torch.no_grad():
+        for parameter in tokenizer.parameters():
+            parameter.add_(0.01 * (seed - 1))
+    sampler = ContinuousSampler(head_steps=3, num_steps=8, guidance_scale=2.0)
+    ClassToImagePipeline(draft or small(), tokenizer, sampler, id2label=labels).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_commands_take_a_draft(tmp_path: Path) -> None:
+    large, little = saved(tmp_path / "large"), saved(tmp_path / "small", worse(small(), 0.02))
+    chosen = ["--sampler", "cspd:num_draft=3,prefill=0.25", "--draft", little, "--device", "cpu"]
+    out = ["--num", "2", "--json", "--out", str(tmp_path / "a.png")]
+    done = CliRunner().invoke(app, ["sample", large, *chosen, *out])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens_per_call"] == pytest.approx(16 / 6) and found["law"] == "not lossless"
+    assert found["settings"]["sampler"].endswith(f",model={little}") and found["settings"]["num_draft"] == 3
+    again = AutoPipeline.from_pretrained(large)
+    again.set_progress_bar_config(disable=True)
+    images = again([0, 1], rng=Rng.from_seed(0, 2), sampler=f"cspd:num_draft=3,prefill=0.25,model={little}").stats
+    assert sum(images["drafted"]) == found["drafted"] and sum(images["accepted"]) == found["accepted"]
+    assert type(again.sampler) is ContinuousSampler
+    done = CliRunner().invoke(app, ["bench", large, *chosen, "--batches", "2", "--repeats", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    plain_row, row = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (plain_row["network_calls"], row["target_calls"], row["lossless"]) == (8, 6, False)
+    assert row["tokens_per_call"] == pytest.approx(16 / 6) and 0 <= row["acceptance"] <= 1
+
+
+def test_a_saved_sampler_opens_its_draft_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large, little = saved(tmp_path / "large"), saved(tmp_path / "small", worse(small(), 0.02))
+    pipe = AutoPipeline.from_pretrained(large)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.register_modules(sampler=ContinuousSpeculativeSampler(model=little, head_steps=2, num_steps=4))
+    pipe.save_pretrained(tmp_path / "both")
+    again = AutoPipeline.from_pretrained(tmp_path / "both")
+    again.set_progress_bar_config(disable=True)
+    assert again([0], seed=0, output_type="latent").stats["draft_calls"] > 0
+    plainly = again.choose_sampler("plain", 1)
+    assert type(plainly) is ContinuousSampler and plainly.config.num_steps == 4
+    monkeypatch.setattr("varkit.pipelines.base.open_transformer", None)
+    again([0], seed=0, sampler=f"cspd:model={little}", output_type="latent")
+
+
+def test_drafts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    named = {"0": "a", "1": "b", "2": "c"}
+    large = saved(tmp_path / "large", labels=named)
+    others = {
+        "tokens of another tokenizer": saved(tmp_path / "tokens", seed=2),
+        "other classes than this model": saved(tmp_path / "names", labels={**named, "2": "d"}),
+        "same patches and classes": saved(tmp_path / "classes", small(num_classes=4)),
+    }
+    pipe = AutoPipeline.from_pretrained(large)
+    for message, folder in others.items():
+        with pytest.raises(ValueError, match=message):
+            pipe.choose_sampler(f"cspd:model={folder}", 1)
+    with pytest.raises(ValueError, match=r"second, smaller MAR.*--draft"):
+        pipe.choose_sampler("cspd", 1)
+    with pytest.raises(ValueError, match="has no option drafts"):
+        pipe.choose_sampler("cspd:drafts=3", 1)
+    for args, message in (
+        ([large, "--draft", large], "a draft model is asked by"),
+        (["fashion-var", "--sampler", "cspd", "--draft", large], "the transformer is a VAR"),
+        ([large, "--sampler", "cspd", "--draft", "fashion-llamagen"], "other classes"),
+    ):
+        done = CliRunner().invoke(app, ["sample", *args, "--device", "cpu", "--out", str(tmp_path / "a.png")])
+        assert done.exit_code == 2 and re.search(message, done.stderr), done.output
+
+
+def test_the_benchmark_compares_in_one_run(tmp_path: Path) -> None:
+    file = Path(__file__).parents[1] / "benchmarks" / "cspd.py"
+    spec: Any = importlib.util.spec_from_file_location("cspd_benchmark", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    command = typer.Typer()
+    command.command()(module.main)
+    sizes = ["--width", "64", "--depth", "1", "--draft-width", "64", "--draft-depth", "1", "--grid", "4"]
+    trained = ["--target", saved(tmp_path / "large"), "--draft", saved(tmp_path / "small", worse(small(), 0.02))]
+    more = ["--steps", "8", "--head-steps", "2", "--num-draft", "3", "--prefill", "0.25"]
+    done = CliRunner().invoke(command, [*sizes, *more])
+    assert done.exit_code == 0 and "plain MAR, 6 iterations" in done.stdout and "random weights" in done.stdout
+    done = CliRunner().invoke(command, [*trained, *more, "--json"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert [r["target_calls"] for r in rows] == [8, 6, 6] and [r["draft_calls"] for r in rows] == [0, 5, 0]
+    assert rows[0]["speed"] == 1 and rows[1]["acceptance"] is not None
+    assert CliRunner().invoke(command, trained[:2]).exit_code == 2

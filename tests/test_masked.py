@@ -184,7 +184,7 @@ def test_a_pipeline_takes_it_saves_it_and_the_command_shows_it(tmp_path: Path) -
     assert (again([0, 1], seed=0, output_type="np").images == out.images).all()
     more = again([0, 1], seed=0, output_type="np", num_inference_steps=5, softmax_annealing=True)
     assert more.stats["steps"] == 5
-    with pytest.raises(ValueError, match="MaskedSampler has no setting more_smooth, order"):
+    with pytest.raises(ValueError, match="MaskedSampler has no setting more_smooth;"):
         pipe([0], order="raster", more_smooth=True)
     call = ["sample", str(tmp_path / "pipe"), "--num", "2", "--steps", "4", "--out", str(tmp_path / "x.png"), "--json"]
     result = CliRunner().invoke(app, call)

@@ -36,6 +36,8 @@ from varkit.samplers.processors import build_processors
 from varkit.samplers.speculative import engine
 from varkit.samplers.speculative.drafters import DRAFTERS
 from varkit.samplers.speculative.drafters.jacobi import Jacobi
+from varkit.samplers.speculative.drafters.neighbours import Neighbours
+from varkit.samplers.speculative.drafters.starts import FirstDrafts
 from varkit.samplers.speculative.interfaces import Outcome, Siblings, Verdict
 from varkit.samplers.speculative.sampler import SpeculativeSampler
 from varkit.samplers.speculative.verifiers import VERIFIERS, Exact
@@ -521,3 +523,46 @@ def test_the_command_shows_what_drafts_brought(tmp_path: Path) -> None:
     assert stats["settings"]["sampler"] == "sjd:window=3"
     told = CliRunner().invoke(app, ["sample", str(tmp_path / "model"), *out])
     assert "tokens a pass" in told.output and "lossless" in told.output
+
+
+# ---- first drafts -------------------------------------------------------------------------------------------------
+
+
+def test_line_ends_widen_a_row_and_are_never_copied_from() -> None:
+    order = torch.arange(2 + 3 * 5)  # two tokens before the image, then rows of four and a line end
+    left = Neighbours.of_grid((3, 4), order, "left", line_end=1, before=2).turn.tolist()
+    assert left[:3] == [-1, -1, -1] and left[3:7] == [2, 3, 4, 5] and left[7] == -1 and left[8] == 7
+    above = Neighbours.of_grid((3, 4), order, "above", line_end=1, before=2).turn.tolist()
+    assert above[:7] == [-1] * 7 and above[7:] == list(range(2, 12))
+    ends = {2 + 5 * row + 4 for row in range(3)}
+    assert not ends & set(left) and {above[end] for end in ends} <= ends | {-1}
+    for side in ("left", "above"):  # a layout without them is what it was
+        model, every = Table(grid=(2, 3)), torch.arange(6)
+        assert Neighbours.of(model, every, side).turn.equal(Neighbours.of_grid((2, 3), every, side).turn)
+        assert (
+            Neighbours.of(model, every, side).turn.tolist()
+            == {
+                "left": [-1, 0, 1, -1, 3, 4],
+                "above": [-1, -1, -1, 0, 1, 2],
+            }[side]
+        )
+
+
+def test_new_positions_copy_their_neighbour_or_as_released_the_newest_token() -> None:
+    """Row two begins inside the window: 9 is decided, 8 kept, then a row end, 5 at random, and two copies."""
+    length, random = 12, torch.full((1, 12), 5)
+    neighbours = Neighbours.of_grid((3, 4), torch.arange(length), "left").turn
+    board = torch.tensor([[1, 2, 9] + [0] * 9])
+    q = torch.zeros(1, 5, 10)
+    q[0, 0, 7] = 1.0
+    for start, quirks, wanted in (
+        ("repeat-left", False, [8, 5, 5, 5, 5]),
+        ("repeat-left", True, [8, 5, 8, 8, 8]),
+        ("resample", False, [8, 5, 5, 5, 5]),
+        ("resample", True, [8, 5, 7, 7, 7]),
+    ):
+        first = FirstDrafts(start, neighbours, random, torch.full((1, length), 0.5), quirks)
+        kept = torch.tensor([[8, 0, 0, 0, 0]])
+        tokens, point, _ = first.fill(board, torch.tensor([3]), kept, q.clone(), torch.tensor([1]), q[:, 0])
+        assert tokens.tolist() == [wanted], (start, quirks)
+        assert point.tolist() == [[False, True, True, True, True]]

@@ -13,6 +13,7 @@ import typer
 
 import varkit
 from varkit.commands import bench as of_bench
+from varkit.commands import control as of_control
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
 from varkit.commands import sample as of_sample
@@ -326,6 +327,8 @@ def tokenize(
 
 
 app.command()(of_bench.bench)
+app.command()(of_control.control)
+app.command("control-score")(of_control.control_score)
 app.command()(of_features.features)
 app.command()(of_latents.latents)
 app.command()(of_trajectories.trajectories)

@@ -263,25 +263,32 @@ class Generator(ABC):
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         """The groups, in order: (n,) int64 positions each, the same for every image."""
 
-    def groups(self, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
-        """The groups of one batch: those of `schedule`, (n,) each, or (B, n) where each image has its own."""
-        return self.schedule(num_steps)
+    def groups(self, rng: Rng, num_steps: int | None = None, order: str | None = None) -> list[Tensor]:
+        """The groups of one batch: those of `schedule`, or of `in_order`, (n,) each, or (B, n) where each image has its
+        own."""
+        return self.schedule(num_steps) if order is None else self.in_order(order, num_steps)
 
-    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    def groups_around(
+        self, keep: Tensor, rng: Rng, num_steps: int | None = None, order: str | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """As `groups`, where the tokens of `keep` (B, L) bool are known.
 
         Returns: positions (B, k) whose known tokens are appended before the first group, and the groups, of all others.
         A generator that can read known tokens in any order gives the former. Others draw all tokens, and known ones
         take their places as they come.
         """
-        return torch.zeros(len(keep), 0, dtype=torch.int64, device=keep.device), self.groups(rng, num_steps)
+        return torch.zeros(len(keep), 0, dtype=torch.int64, device=keep.device), self.groups(rng, num_steps, order)
 
-    def in_order(self, name: str) -> list[Tensor]:
-        """As `schedule`, one position a step in the order of that name (`varkit.orders`).
+    def in_order(self, name: str, num_steps: int | None = None) -> list[Tensor]:
+        """As `schedule`, in the order of that name (`varkit.orders`).
 
-        Raises: ValueError when this generator knows no other order than its own.
+        Args: num_steps: groups as large as those of `schedule`; None is one position a step, or of an order of groups
+            (`lpd`) and of generators that are never asked for single positions (MAR) their own number.
+        Raises: ValueError when this generator knows no other order than its own, or not this one.
         """
-        raise ValueError(f"{type(self).__name__} predicts its tokens in one order only; order= goes with RAR and alike")
+        raise ValueError(
+            f"{type(self).__name__} predicts its tokens in one order only; order= goes with RAR, MaskGIT, MAR and alike"
+        )
 
     def resized(self, grid: tuple[int, int]) -> Self:
         """The same network, with the same weights, for images of another grid of finest tokens (h, w).

@@ -25,7 +25,9 @@ from varkit.layout import TokenLayout
 from varkit.rng import Draw, Rng
 from varkit.samplers.processors import build_processors
 from varkit.samplers.speculative.drafters.jacobi import Jacobi
+from varkit.samplers.speculative.drafters.neighbours import Neighbours
 from varkit.samplers.speculative.drafters.recycling import Recycling
+from varkit.samplers.speculative.drafters.starts import SIDES, FirstDrafts
 from varkit.samplers.speculative.engine import Loop, decode
 from varkit.samplers.speculative.interfaces import DraftBlock, Outcome, Progress
 from varkit.samplers.speculative.sampler import SpeculativeSampler
@@ -225,6 +227,37 @@ def _(case: Case) -> Answers:
         predictive = predictive.guide(1.0 if s["conditional_only"] else s["guidance_scale"])
     probs = predictive.probs(build_processors(**{name: s[name] for name in ("temperature", "top_k", "top_p")}))
     return {"probs": probs, "tokens": pick(probs, case.inputs["draw_uniform"].view(probs.shape[:2]))}
+
+
+@adapter("sjd", "initializer", "fill")
+def _(case: Case) -> Answers:
+    s, given = case.settings, case.inputs
+    accepted, count = given["input_ids"], s["new_tokens"]
+    kept = given.get("kept_tokens", accepted[:, :0])
+    laws = given.get("kept_scores", given["scores"][:, :0])
+    start = {"random": "random", "repeat_horizon": "repeat-left", "sample_horizon": "resample"}[s["init_scheme"]]
+    if s["image_width"] is None:  # as released, without a width nothing is to the left
+        start = "random"
+    held, nodes = accepted.shape[1], kept.shape[1] + count
+    before, length = s["prefill_tokens"] + s["header_tokens"], held + nodes
+    neighbours = None
+    if start in SIDES:
+        order, grid = torch.arange(length), (length, s["image_width"])
+        neighbours = Neighbours.of_grid(grid, order, SIDES[start], s["end_of_line_tokens"], before).turn
+    vocabulary = given["image_vocab"]
+    random = F.pad(vocabulary[given["random_indices"]], (length - count, 0))
+    first = FirstDrafts(start, neighbours, random, torch.zeros(1, length), case.meta.get("quirk", False), before)
+    tokens, point, _ = first.fill(
+        F.pad(accepted, (0, nodes)),
+        torch.tensor([held]),
+        F.pad(kept, (0, count)),
+        F.pad(laws, (0, 0, 0, count)),
+        torch.tensor([kept.shape[1]]),
+        given["scores"][:, -1],
+    )
+    assert bool(point[:, kept.shape[1] :].all())
+    new = tokens[:, kept.shape[1] :]
+    return {"tokens": new, "scores": F.one_hot(new, given["scores"].shape[-1]).float()}
 
 
 class WatchedTree(Recycling):

@@ -67,7 +67,7 @@ def transformer_arguments(official: Mapping[str, Any]) -> dict[str, Any]:
         **{ours: official[name] for name, ours in _GPT_ARGUMENTS.items() if name in official},
         "num_classes": None if text else official["num_classes"],
         "text_length": official["cls_token_num"] if text else 120,
-        "text_dim": official["caption_dim"],
+        "text_dim": official.get("caption_dim", 2048),
         "ffn_size": feed_forward_size(official["dim"], official["multiple_of"], official.get("ffn_dim_multiplier")),
         "grid": round(official["block_size"] ** 0.5),
     }

@@ -19,6 +19,9 @@ def bench(
         list[str] | None,
         typer.Option(help="As --sampler of `varkit sample`; repeatable. Plain decoding runs beside them in any case."),
     ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A smaller model of the same tokens, for the samplers cspd (MAR) and little.")
+    ] = None,
     batches: Annotated[str, typer.Option(help="Images at once, separated by commas.")] = "1,8",
     repeats: Annotated[int, typer.Option(min=1, help="Of each timing, after one that is not counted.")] = 3,
     seed: Annotated[int, typer.Option(min=0, help="Names the images.")] = 0,
@@ -36,11 +39,12 @@ def bench(
 ) -> None:
     """Time sampling by each sampler named, and plain decoding; score their images where there is a reference."""
     from varkit import registry
+    from varkit.samplers.speculative.sampler import with_draft
 
     sizes: list[int] = numbers(batches, "--batches", int)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"--batches {batches} must be numbers from 1, such as 1,8")
-    names = ["plain", *(s for s in sampler or [] if s != "plain")]
+    names = ["plain", *(s for s in with_draft(sampler or [], draft) if s != "plain")]
     fresh = name in registry.list_models()
     if fresh and reference:
         raise ValueError(
@@ -94,12 +98,12 @@ def measure(pipeline: Any, sampler: str, batch: int, repeats: int, seed: int, gu
         "network_calls": stats["network_calls"],
         "lossless": stats.get("lossless", True),
     }
+    if "tokens_per_call" in stats:
+        calls = stats["target_calls"]
+        found["target_calls"] = calls if isinstance(calls, int) else sum(calls) / batch
+        found["tokens_per_call"] = sum(stats["tokens_per_call"]) / batch
     if "drafted" in stats:
-        found |= {
-            "target_calls": sum(stats["target_calls"]) / batch,
-            "tokens_per_call": sum(stats["tokens_per_call"]) / batch,
-            "acceptance": sum(stats["accepted"]) / max(sum(stats["drafted"]), 1),
-        }
+        found["acceptance"] = sum(stats["accepted"]) / max(sum(stats["drafted"]), 1)
     return found
 
 
@@ -131,7 +135,8 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     titles = [s["title"] for s in rows[0].get("scores", [])]
     lines = [["sampler", "batch", "ms/image", "speed-up", "passes", "tokens/pass", "accepted", "law", *titles]]
     for row in rows:
-        drafts = [f"{row['tokens_per_call']:.2f}", f"{row['acceptance']:.0%}"] if "acceptance" in row else ["", ""]
+        rate = f"{row['tokens_per_call']:.2f}" if "tokens_per_call" in row else ""
+        drafts = [rate, f"{row['acceptance']:.0%}" if "acceptance" in row else ""]
         passes = f"{row.get('target_calls', row['network_calls']):.4g}"
         law = "plain" if row["sampler"] == "plain" else "lossless" if row["lossless"] else "relaxed"
         cells = [row["sampler"], str(row["batch"]), f"{row['ms_per_image']:.0f}", f"{row['speedup']:.2f}x", passes]

@@ -105,8 +105,11 @@ def sample(
     sampler: Annotated[
         str | None,
         typer.Option(
-            help="How tokens are decided: plain, auto, sjd, sjd:window=8, little:model=NAME, ... Default: own."
+            help="How tokens are decided: plain, auto, sjd, sjd:window=8, zipar:window=4, cspd, ... Default: own."
         ),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="A smaller model of the same tokens, for --sampler cspd (MAR) or little.")
     ] = None,
     out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
         "grid.png"
@@ -123,7 +126,8 @@ def sample(
     """Generate images. Each carries its settings as PNG metadata."""
     if out.suffix not in (".png", ".npz", ""):
         raise ValueError(f"--out {out} must end in .png (a grid), .npz, or be a folder")
-    from varkit.pipelines.base import generate, speculation
+    from varkit.pipelines.base import generate, speculation, told
+    from varkit.samplers.speculative.sampler import with_draft
 
     pipeline = open_pipeline(name, device, dtype)
     if optimize:
@@ -156,6 +160,7 @@ def sample(
         "head_steps_last": last,
         "solver": solver,
     }
+    sampler = next(iter(with_draft([sampler] if sampler else [], draft)), None)
     chosen, took = pipeline.choose_sampler(sampler, min(batch_size, num)), list[dict[str, Any]]()
     settings = chosen.settings(**pipeline.check_settings({**given, "num_steps": steps}, chosen))
     judged = Judged(pipeline, edit.instead_of(draw), ids, best_of, classifier, accept)
@@ -180,7 +185,7 @@ def sample(
     else:
         what = out if out.suffix else f"{len(files)} images in {out}/"
         if drafts:
-            say("{tokens_per_call:.2f} tokens a pass, {accepted} of {drafted} drafts accepted, {law}".format(**drafts))
+            say(told(drafts))
         typer.echo(f"wrote {what} in {seconds:.1f} s ({seconds / num:.2f} s an image){judged.told()}")
 
 

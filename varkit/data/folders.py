@@ -69,8 +69,8 @@ def _with_classes_of_folder(dataset: ImageDataset, train: Path) -> ImageDataset:
 
 
 def _open_files(folder: Path, folders: list[str]) -> ImageDataset:
-    loose, dropped = _image_files(folder, nested=False)
-    by_class = {name: _image_files(folder / name, nested=True) for name in folders}
+    loose, dropped = image_files(folder, nested=False)
+    by_class = {name: image_files(folder / name, nested=True) for name in folders}
     warnings = []
     if any(files or empty for files, empty in by_class.values()):
         if loose:
@@ -124,7 +124,7 @@ def _open_metadata(folder: Path) -> ImageDataset:
         some = f"; {dropped[0].path}: {dropped[0].reason}" if dropped else ""
         raise ValueError(f"{folder / 'metadata.jsonl'} lists no image that can be read{some}")
     listed = {os.path.normpath(path) for path in paths}
-    others = [path for path in _image_files(folder)[0] if os.path.normpath(path) not in listed]
+    others = [path for path in image_files(folder)[0] if os.path.normpath(path) not in listed]
     unlisted = f"{len(others)} images are not listed in metadata.jsonl and left out: "
     unlisted += ", ".join(others[:5])
     ids, classes = class_ids(labels, folder / "metadata.jsonl")
@@ -157,7 +157,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, line
 
 
-def _image_files(folder: Path, nested: bool = True) -> tuple[list[str], list[SkippedImage]]:
+def image_files(folder: Path, nested: bool = True) -> tuple[list[str], list[SkippedImage]]:
     """Image files of a folder, sorted by path, and the empty ones; hidden names are ignored."""
     files, dropped, todo = [], [], [str(folder)]
     while todo:

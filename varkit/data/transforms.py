@@ -125,16 +125,19 @@ class ImageTransform:
             images = TF.resize(images, list(target), InterpolationMode.BICUBIC, antialias=True)
         return self._place(images, self.uniforms(keys).to(images.device))
 
-    def apply_pil(self, image: Image.Image, uniforms: Tensor) -> Tensor:
-        """One RGB image -> float32 (3, H, W) in [-1, 1], resized by Pillow's Lanczos filter.
+    def apply_pil(
+        self, image: Image.Image, uniforms: Tensor, resample: Image.Resampling = Image.Resampling.LANCZOS
+    ) -> Tensor:
+        """One RGB image -> float32 (3, H, W) in [-1, 1], resized by Pillow.
 
         Args:
             uniforms: (3,), this image's row of `uniforms(keys)`.
+            resample: the filter of images is Lanczos; that of maps may be another.
         Raises: ValueError if the image is larger than a `pad` size.
         """
         height, width = self.resized(image.height, image.width)
         if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
+            image = image.resize((width, height), resample)
         return self._place(to_pixels(image)[None], uniforms[None])[0]
 
     def uniforms(self, keys: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Losses
 from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size
 from varkit.layout import TokenLayout, square_grids
-from varkit.orders import token_order
+from varkit.orders import GROUPED, order_groups, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 
@@ -180,8 +180,11 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         sizes = [a - b for a, b in zip(left, [*left[1:], 0], strict=True)]
         return list(token_order("random", self.layout.grids[0]).to(self.rotary.cos.device).split(sizes))
 
-    def in_order(self, name: str) -> list[Tensor]:
-        return list(token_order(name, self.layout.grids[0]).to(self.rotary.cos.device).split(1))
+    def in_order(self, name: str, num_steps: int | None = None) -> list[Tensor]:
+        sizes = [1] * self.layout.length
+        if num_steps is not None or name in GROUPED:
+            sizes = [len(group) for group in self.schedule(num_steps)]
+        return [group.to(self.rotary.cos.device) for group in order_groups(name, self.layout.grids[0], sizes)]
 
     def start(self, cond: Cond, null: Cond | None = None) -> MaskedState:
         shape = (len(cond), self.layout.length, self.config.sub_codes)

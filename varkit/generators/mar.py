@@ -30,7 +30,7 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.mlp import FeedForward
 from varkit.layout import TokenLayout
-from varkit.orders import random_orders, token_order
+from varkit.orders import order_groups, random_orders, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 
@@ -292,16 +292,31 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         """Groups of one random order, few tokens first. Raises ValueError when there are more steps than tokens."""
-        height, width = self.layout.grids[0]
-        grid = (height // self.config.patch_size, width // self.config.patch_size)
-        order = token_order("random", grid).to(self.positions.device)[None]
+        order = token_order("random", self.token_grid).to(self.positions.device)[None]
         return [positions[0] for positions in self._split(order, self._steps(num_steps))]
 
-    def groups(self, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
-        """As `schedule`, (B, n) of each image's own order, of which the last tokens come first, as in the release."""
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Tokens (patches of latents) a column and a row."""
+        height, width = self.layout.grids[0]
+        return height // self.config.patch_size, width // self.config.patch_size
+
+    def in_order(self, name: str, num_steps: int | None = None) -> list[Tensor]:
+        sizes = group_sizes(self.length, self._steps(num_steps))
+        device = self.positions.device
+        groups = [tokens.to(device) for tokens in order_groups(name, self.token_grid, sizes)]
+        return [self.positions[tokens.sort().values].flatten() for tokens in groups]
+
+    def groups(self, rng: Rng, num_steps: int | None = None, order: str | None = None) -> list[Tensor]:
+        """(B, n), of each image's own random order, of which the last tokens come first, as in the release; or those of
+        `in_order`, the same for every image."""
+        if order is not None:
+            return [positions.expand(len(rng), -1) for positions in self.in_order(order, num_steps)]
         return self._split(random_orders(rng.to(self.positions.device), self.length), self._steps(num_steps))
 
-    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:
+    def groups_around(
+        self, keep: Tensor, rng: Rng, num_steps: int | None = None, order: str | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Known tokens are read from the first step on; groups as in `groups`, of the others, no more than these.
 
         Of patches, those are known all of whose latents are. Raises: ValueError when images of a batch have different
@@ -316,10 +331,13 @@ class MAR(HubMixin, ModelMixin, ConfigMixin, Generator):
                 f"of every image equally many tokens must be drawn, and at least one; these masks leave "
                 f"{int(counts.min())} to {count}: draw images with other masks in another call"
             )
-        order = random_orders(rng.to(self.positions.device), self.length)
-        order = order.gather(1, tokens_at(still_open.gather(1, order)))
+        if order is None:
+            ranks = random_orders(rng.to(self.positions.device), self.length)
+        else:  # the last come first
+            ranks = self._tokens_of(torch.cat(self.in_order(order, num_steps))).flip(0).expand(len(keep), -1)
+        ranks = ranks.gather(1, tokens_at(still_open.gather(1, ranks)))
         known = self.positions[tokens_at(~still_open)].flatten(1)
-        return known, self._split(order, min(self._steps(num_steps), count))
+        return known, self._split(ranks, min(self._steps(num_steps), count))
 
     def _steps(self, num_steps: int | None) -> int:
         steps = min(self.config.num_steps, self.length) if num_steps is None else num_steps

@@ -24,7 +24,7 @@ from varkit.heads.categorical import Categorical
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layout import TokenLayout
-from varkit.orders import token_order
+from varkit.orders import GROUPED, order_groups, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 
@@ -261,8 +261,11 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         order = token_order("random", self.layout.grids[0]).to(self.pos_embed.device)
         return list(order.split(sizes))
 
-    def in_order(self, name: str) -> list[Tensor]:
-        return list(token_order(name, self.layout.grids[0]).to(self.pos_embed.device).split(1))
+    def in_order(self, name: str, num_steps: int | None = None) -> list[Tensor]:
+        sizes = [1] * self.layout.length
+        if num_steps is not None or name in GROUPED:
+            sizes = [len(group) for group in self.schedule(num_steps)]
+        return [group.to(self.pos_embed.device) for group in order_groups(name, self.layout.grids[0], sizes)]
 
     def start(self, cond: Cond, null: Cond | None = None) -> MaskedState:
         tokens = torch.full((len(cond), self.layout.length), self.mask_id, device=self.pos_embed.device)

@@ -258,7 +258,8 @@ class RAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             raise ValueError(f"RAR decides one token a step, {self.layout.length} in all; got num_steps={num_steps}")
         return list(self.raster[0].split(1))
 
-    def in_order(self, name: str) -> list[Tensor]:
+    def in_order(self, name: str, num_steps: int | None = None) -> list[Tensor]:
+        self.schedule(num_steps)  # refuses another number of steps
         return list(token_order(name, self.layout.grids[0]).to(self.raster.device).split(1))
 
     def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:

@@ -1,4 +1,4 @@
-"""Where the weights of a feature network are: a path, a folder, a cache; or downloaded when asked for.
+"""Where the weights of a network that looks at images are: a path, a folder, a cache; or downloaded when asked for.
 
 Nothing is fetched unless the caller says so, and then only a file whose checksum is known here. What is missing is
 named: the file, its size, where it comes from and where to put it.
@@ -61,6 +61,22 @@ KNOWN = {
         "mae-g/vit_g_hybrid_pt_1200e_ssv2_ft.pth",
         sha256="5a210a92f035dff30c53b46157b612e7a1a5d3c99700e1b2d71da5c399ca7e70",
         repo="OpenGVLab/VideoMAE2",
+    ),
+    "hed": WeightsFile(
+        files=("ControlNetHED.pth",),
+        what="HED edges, as ControlNet trained them",
+        size="14.7 M parameters",
+        layout="norm, block1.convs.0.weight, ... block5.projection.bias",
+        url="https://huggingface.co/lllyasviel/Annotators/resolve/main/ControlNetHED.pth",
+        repo="lllyasviel/Annotators",
+    ),
+    "lineart": WeightsFile(
+        files=("model.pth", "sk_model.pth"),
+        what="line drawings (informative-drawings)",
+        size="4.3 M parameters",
+        layout="model0.1.weight, ... model4.1.bias",
+        url="https://huggingface.co/spaces/awacke1/Image-to-Line-Drawings/resolve/main/model.pth",
+        repo="lllyasviel/Annotators",  # as sk_model.pth
     ),
     "dinov2-vitl14": WeightsFile(
         files=("dinov2_vitl14_pretrain.pth",),

@@ -36,6 +36,7 @@ SAMPLERS = {
     "DistilledSampler": "varkit.samplers.distilled",
     "SpeculativeSampler": "varkit.samplers.speculative.sampler",
     "ContinuousSpeculativeSampler": "varkit.samplers.continuous_speculative",
+    "ZipARSampler": "varkit.samplers.zipar",
 }
 
 

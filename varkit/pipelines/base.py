@@ -20,9 +20,10 @@ from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator
 from varkit.layers.packed import can_pack, pack_linears
-from varkit.pipelines.auto import SAMPLERS, open_transformer
+from varkit.pipelines.auto import SAMPLERS, find_folder, open_tokenizer, open_transformer
 from varkit.pipelines.editing import Editing
 from varkit.rng import Rng
+from varkit.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from varkit.samplers.next_group import Known
 from varkit.samplers.speculative.sampler import SpeculativeSampler, named_sampler
 
@@ -49,6 +50,8 @@ class ImageOutput(BaseOutput):
 
 class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
     """Parts `transformer`, `image_tokenizer` and `sampler`, and the call that a condition leads to."""
+
+    _draft: tuple[Any, Any] | None = None
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -113,15 +116,44 @@ class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
         """The sampler of a call.
 
         Args: sampler: None is the pipeline's own; a name, see `named_sampler`; or a sampler.   batch: images at once.
-        Raises: ValueError on a bad name, or where the model has nothing to draft.
+        Raises: ValueError on a bad name, where the model has nothing to draft, or with a draft that does not fit.
         """
         chosen = self.sampler if sampler is None else sampler
         if isinstance(sampler, str):
             chosen = named_sampler(sampler, self.sampler, self.transformer, batch)
-        if isinstance(chosen, SpeculativeSampler) and (name := chosen.model_to_open) is not None:
-            model: Any = open_transformer(name, Generator)[0]
-            chosen.draft_model = model.eval().to(self.transformer.device, self.transformer.dtype)
+        asking = isinstance(chosen, SpeculativeSampler | ContinuousSpeculativeSampler)
+        if asking and (name := chosen.model_to_open) is not None:
+            chosen.draft_model = self.open_draft(name)
+        if isinstance(sampler, str) and isinstance(chosen, ContinuousSpeculativeSampler):
+            chosen.check_models(self.transformer, chosen.draft_model)
         return chosen
+
+    def open_draft(self, name: str) -> Any:
+        """A smaller generator of the same tokens, by name or folder; the last one is kept open.
+
+        Raises: ValueError when nothing answers to the name, or what it was trained with is another tokenizer, or are
+            other classes, as far as the folder says.
+        """
+        transformer = self.transformer
+        key = (name, transformer.device, transformer.dtype)
+        if self._draft is None or self._draft[0] != key:
+            model, labels = open_transformer(name, Generator)
+            own = getattr(self, "labels", {})
+            if labels and own and (odd := sorted(k for k in {*labels, *own} if labels.get(k) != own.get(k))):
+                raise ValueError(
+                    f"the draft {name} has other classes than this model: {odd[0]} is {labels.get(odd[0])!r} there and "
+                    f"{own.get(odd[0])!r} here"
+                )
+            if find_folder(name) is not None:
+                tokenizer, ours = open_tokenizer(name), dict(self.image_tokenizer.named_parameters())
+                theirs = dict(tokenizer.named_parameters())
+                if theirs.keys() != ours.keys() or not all(same(theirs[k], ours[k]) for k in ours):
+                    raise ValueError(
+                        f"the draft {name} was trained on the tokens of another tokenizer; both models must share one"
+                    )
+            model = model.to(transformer.device).eval()
+            self._draft = key, model if model.dtype == transformer.dtype else model.to(transformer.dtype)
+        return self._draft[1]
 
     @torch.no_grad()
     def draw(
@@ -223,6 +255,11 @@ def check_size(size: tuple[int, int], native: tuple[int, int], grid: tuple[int, 
     return wanted
 
 
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether weights are equal, in the dtype and on the device of `b`."""
+    return a.shape == b.shape and torch.equal(a.to(b), b)
+
+
 def as_output(images: Tensor, output_type: str) -> Any:
     """(B, 3, H, W) in [0, 1] as "pt", "np" or "pil"."""
     if output_type == "pt":
@@ -283,17 +320,25 @@ def generate(
 
 
 def speculation(took: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What drafts brought over some batches, given their `stats`; empty where nothing was drafted.
+    """What samplers of several tokens a pass brought over batches, given their `stats`; empty where there are none.
 
-    tokens_per_call: mean over images.   accepted, drafted: tokens in all.   law: whether it is that of plain decoding.
+    tokens_per_call: mean over images.   law: whether it is that of plain decoding.
+    accepted, drafted: tokens in all, where any were drafted.
     """
-    stats = [each for each in took if "drafted" in each]
+    stats = [each for each in took if "tokens_per_call" in each]
     if not stats:
         return {}
     rates = [rate for each in stats for rate in each["tokens_per_call"]]
-    return {
+    found: dict[str, Any] = {
         "tokens_per_call": sum(rates) / len(rates),
-        "accepted": sum(sum(each["accepted"]) for each in stats),
-        "drafted": sum(sum(each["drafted"]) for each in stats),
         "law": "lossless" if all(each["lossless"] for each in stats) else "not lossless",
     }
+    if "drafted" in stats[0]:
+        found |= {name: sum(sum(each[name]) for each in stats) for name in ("accepted", "drafted")}
+    return found
+
+
+def told(drafts: dict[str, Any]) -> str:
+    """What `speculation` gave, in words."""
+    counts = "{accepted} of {drafted} drafts accepted, ".format(**drafts) if "drafted" in drafts else ""
+    return f"{drafts['tokens_per_call']:.2f} tokens a pass, {counts}{drafts['law']}"

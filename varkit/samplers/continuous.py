@@ -22,6 +22,7 @@ from varkit.heads.diffusion import Diffusion
 from varkit.heads.flow import Flow
 from varkit.heads.gaussian import spaced
 from varkit.interfaces import Cond, Generator, Predictive, Tokenizer
+from varkit.orders import check_order
 from varkit.rng import Rng
 from varkit.samplers.branches import check_guidance_every
 from varkit.samplers.guidance import guidance_interval, guidance_schedule
@@ -73,6 +74,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             (or rises) linearly over the groups (DiSA, arXiv 2505.20297). None is the same for all.
         solver: of the head, for a flow a name of `varkit.samplers.ode.SOLVERS`; None is its own.
         temperature: of its noise; 1 is neutral.
+        order: of the tokens, by its name in `varkit.orders`, for generators that can take any (MAR); None is their own.
     """
 
     @register_to_config
@@ -89,6 +91,7 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         solver: str | None = None,
         temperature: float = 1.0,
         guidance_every: int = 1,
+        order: str | None = None,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -101,6 +104,8 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         if merged["guidance_times"] is not None:
             merged["guidance_times"] = time_interval(merged["guidance_times"])
         check_guidance_every(merged["guidance_every"])
+        if merged["order"] is not None:
+            check_order(merged["order"])
         known = dict.fromkeys([*SOLVERS, *DIFFUSION_SOLVERS])
         if merged["solver"] is not None and merged["solver"] not in known:
             raise ValueError(f"solver must be one of {', '.join(known)}; got {merged['solver']!r}")
@@ -117,11 +122,12 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
 
     def count_steps(self, transformer: Generator, known: Known | None = None, **changes: Any) -> int:
         """How many groups `generate` will draw."""
-        steps = self.settings(**changes)["num_steps"]
+        settings = self.settings(**changes)
+        steps, order = settings["num_steps"], settings["order"]
         if known is None:
-            return len(transformer.schedule(steps))
+            return len(transformer.schedule(steps) if order is None else transformer.in_order(order, steps))
         rng = Rng.from_seed(0, len(known[0]), device=known[0].device)
-        return len(transformer.groups_around(known[1].expand(known[0].shape[:2]), rng, steps)[1])
+        return len(transformer.groups_around(known[1].expand(known[0].shape[:2]), rng, steps, order)[1])
 
     @torch.no_grad()
     def generate(
@@ -148,10 +154,11 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
         batch, length, dim = len(cond), transformer.layout.length, transformer.layout.dim
+        how = settings["num_steps"], settings["order"]
         if known is None:
-            before, groups = None, transformer.groups(rng, settings["num_steps"])
+            before, groups = None, transformer.groups(rng, *how)
         else:
-            before, groups = transformer.groups_around(known[1].expand(batch, length), rng, settings["num_steps"])
+            before, groups = transformer.groups_around(known[1].expand(batch, length), rng, *how)
         device = groups[0].device
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)

@@ -173,12 +173,15 @@ class SpeculativeStep(ContinuousStep):
 
 @dataclass
 class ContinuousSpeculativeOutput(ContinuousOutput):
-    """`network_calls` are those of the target; `head_calls` of both heads. Lists count tokens, a number an image."""
+    """`network_calls` are those of the target; `head_calls` of both heads. Lists count tokens, a number an image;
+    tokens_per_call: those drawn by calls of the target."""
 
     target_calls: int = 0
     draft_calls: int = 0
     drafted: list[int] | None = None
     accepted: list[int] | None = None
+    tokens_per_call: list[float] | None = None
+    lossless: bool = False
 
 
 @dataclass
@@ -199,11 +202,17 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
         prefill: share of the iterations, at the start, that the target takes by itself.
         inner_temperature: flattens the test of acceptance, see `acceptance_ratio`; None is 1, or as released 42.
         max_rounds: of the residual sampler.   official_quirks: as released, see the module.
+        model: name or folder of the draft, which a pipeline opens.
         others: see `ContinuousSampler`; of both models. head_steps_last is refused, as both must take the same steps.
     Attributes: draft_model: the draft, unless a call brings one (`draft=`); it is not saved.
     """
 
-    draft_model: MAR | None = None
+    draft_model: Any = None
+
+    @property
+    def model_to_open(self) -> str | None:
+        """The name of the draft, while `draft_model` is not set."""
+        return self.config.model if self.draft_model is None else None
 
     @register_to_config
     def __init__(
@@ -224,11 +233,13 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
         solver: str | None = None,
         temperature: float = 1.0,
         guidance_every: int = 1,
+        order: str | None = None,
+        model: str | None = None,
     ) -> None:
         self.settings(**dict(self.config))
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """As those of `ContinuousSampler`; `draft` is the draft model. Raises ValueError on a bad one."""
+        """As those of `ContinuousSampler`; `draft` is a model for this call alone. Raises ValueError on a bad one."""
         merged = super().settings(**changes)
         for name in ("num_draft", "max_rounds"):
             if merged[name] < 1:
@@ -242,21 +253,27 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
                 "head_steps_last changes the head's steps on the way, but draft and target must take the same steps of "
                 "a token: leave it out"
             )
-        return {**merged, "draft": changes.get("draft") or self.draft_model}
+        return {**merged, "draft": changes.get("draft")}
+
+    @staticmethod
+    def check_target(model: Any, what: str = "the transformer") -> None:
+        """Raises ValueError unless it is a MAR."""
+        if not isinstance(model, MAR):
+            raise ValueError(
+                f"continuous speculative decoding is for MAR, whose head denoises each token by itself; {what} is a "
+                f"{type(model).__name__}: draw with its own sampler"
+            )
 
     @staticmethod
     def check_models(transformer: Any, draft: Any) -> None:
         """Raises ValueError unless both are MAR of the same tokens."""
         if draft is None:
             raise ValueError(
-                "continuous speculative decoding needs a second, smaller MAR: draft=, or the sampler's draft_model"
+                "continuous speculative decoding needs a second, smaller MAR: draft=, the sampler's draft_model, or on "
+                "the command line --draft"
             )
-        for model, what in ((transformer, "the transformer"), (draft, "the draft")):
-            if not isinstance(model, MAR):
-                raise ValueError(
-                    f"continuous speculative decoding is for MAR, whose head denoises each token by itself; {what} is "
-                    f"a {type(model).__name__}: draw with its own sampler"
-                )
+        ContinuousSpeculativeSampler.check_target(transformer)
+        ContinuousSpeculativeSampler.check_target(draft, "the draft")
         transformer.layout.require(draft.layout, "the transformer", "the draft")
         if (transformer.places, transformer.num_classes) != (draft.places, draft.num_classes):
             raise ValueError(
@@ -282,6 +299,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
         Raises: ValueError on a bad setting, or models that do not go together, before any work.
         """
         settings = self.settings(**changes)
+        settings["draft"] = settings["draft"] or self.draft_model
         self.check_models(transformer, settings["draft"])
         transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
         if settings["guidance_scale"] != 1 and null is None:
@@ -304,6 +322,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
             draft_calls=run.calls["draft"],
             drafted=run.drafted.tolist(),
             accepted=run.accepted.tolist(),
+            tokens_per_call=[sum(p.shape[-1] for p in run.groups) / run.places / target_calls] * len(cond),
         )
 
 
@@ -317,9 +336,9 @@ class _Run:
         self.models = {"target": target, "draft": settings["draft"]}
         batch, length, steps = len(cond), target.layout.length, settings["num_steps"]
         if known is None:
-            before, self.groups = None, target.groups(rng, steps)
+            before, self.groups = None, target.groups(rng, steps, settings["order"])
         else:
-            before, self.groups = target.groups_around(known[1].expand(batch, length), rng, steps)
+            before, self.groups = target.groups_around(known[1].expand(batch, length), rng, steps, settings["order"])
         guided = settings["guidance_scale"] != 1
         self.states = {name: model.start(cond, null if guided else None) for name, model in self.models.items()}
         device = self.groups[0].device

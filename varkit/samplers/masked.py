@@ -23,6 +23,7 @@ from torch import Tensor
 from varkit.config import nearest
 from varkit.heads.categorical import Categorical, pick
 from varkit.interfaces import Cond, Generator, Processor, Tokenizer
+from varkit.orders import check_order
 from varkit.rng import Draw, Rng
 from varkit.samplers.guidance import guidance_schedule
 from varkit.samplers.next_group import Known, SamplerOutput, StepInfo
@@ -57,6 +58,8 @@ class MaskedSampler(SchedulerMixin, ConfigMixin):
         draw: `annealed` draws ids at that temperature too (TiTok); `plain` from the softmax as it is (MaskGIT).
         confidence: `logit` (TiTok) or `log-prob` (MaskGIT) of what was drawn; of factorised ids, the mean over factors.
         softmax_annealing: divide logits by 0.5 + 0.8 (1 - ratio) before all else.
+        order: which tokens stay in each step, by a name of `varkit.orders`, such as `lpd`, in groups as large as those
+            of the generator's schedule; None is by confidence.
     """
 
     @register_to_config
@@ -75,6 +78,7 @@ class MaskedSampler(SchedulerMixin, ConfigMixin):
         draw: str = "annealed",
         confidence: str = "logit",
         softmax_annealing: bool = False,
+        order: str | None = None,
     ) -> None:
         self.settings(**dict(self.config))
 
@@ -87,6 +91,8 @@ class MaskedSampler(SchedulerMixin, ConfigMixin):
         _one_of("mask_schedule", merged["mask_schedule"], MASK_SCHEDULES)
         _one_of("draw", merged["draw"], DRAWS)
         _one_of("confidence", merged["confidence"], CONFIDENCES)
+        if merged["order"] is not None:
+            check_order(merged["order"])
         if merged["choice_temperature"] < 0:
             raise ValueError(f"choice_temperature must be >= 0 (0 is greedy); got {merged['choice_temperature']}")
         if merged["num_steps"] is not None and merged["num_steps"] < 1:
@@ -126,6 +132,7 @@ class MaskedSampler(SchedulerMixin, ConfigMixin):
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
         every = torch.cat(transformer.schedule()).sort().values  # all positions
+        turn = None if settings["order"] is None else turns_of(transformer.in_order(settings["order"], steps))
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
         ids = _masked(transformer, len(cond), every.device)
@@ -144,8 +151,11 @@ class MaskedSampler(SchedulerMixin, ConfigMixin):
             still_open = _open(ids, transformer)
             drawn = torch.where(_beside(still_open, ids), drawn, ids)
             if step < steps - 1:
-                count = (total * MASK_SCHEDULES[settings["mask_schedule"]](ratio)).floor().long()
-                again = least_sure(confidence, still_open, count)
+                if turn is None:
+                    count = (total * MASK_SCHEDULES[settings["mask_schedule"]](ratio)).floor().long()
+                    again = least_sure(confidence, still_open, count)
+                else:
+                    again = still_open & (turn > step)
                 ids = drawn.masked_fill(_beside(again, ids), transformer.mask_id)
             else:
                 ids = drawn
@@ -175,6 +185,14 @@ class MaskedSampler(SchedulerMixin, ConfigMixin):
         if heat > 0:
             confidence = confidence + heat * rng.gumbel(every, Draw.CONFIDENCE, step=step)[..., 0]
         return drawn, confidence
+
+
+def turns_of(groups: list[Tensor]) -> Tensor:
+    """(L,): of each position, the number of its group."""
+    turn = torch.empty(sum(len(group) for group in groups), dtype=torch.int64, device=groups[0].device)
+    for step, group in enumerate(groups):
+        turn[group] = step
+    return turn
 
 
 def _masked(transformer: Generator, batch: int, device: torch.device) -> Tensor:

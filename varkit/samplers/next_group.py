@@ -64,7 +64,8 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         more_smooth: hand on mixtures of codes instead of codes (VAR's "for visualisation only"): smoother
             pictures, worse statistics.
         num_steps: None is the generator's own number.
-        order: of the tokens, by its name in `varkit.orders`, for generators that can take any; None is their own.
+        order: of the tokens, by its name in `varkit.orders`, for generators that can take any; None is their own. With
+            num_steps, or `lpd`, those that predict several tokens a step do so.
     """
 
     @register_to_config
@@ -116,7 +117,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         if settings["order"] is None:
             groups = transformer.schedule(settings["num_steps"])
         else:
-            groups = transformer.in_order(settings["order"])
+            groups = transformer.in_order(settings["order"], settings["num_steps"])
         return first_groups(groups, settings["num_tokens"])
 
     def groups_around(

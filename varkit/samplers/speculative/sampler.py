@@ -18,14 +18,15 @@ from torch import Tensor
 from varkit.config import nearest
 from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.rng import Rng
-from varkit.samplers.guidance import guidance_interval, guidance_schedule
+from varkit.samplers.continuous import ContinuousSampler
+from varkit.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from varkit.samplers.next_group import Known, NextGroupSampler, SamplerOutput, StepInfo
-from varkit.samplers.processors import build_processors
 from varkit.samplers.speculative.drafters import DRAFTERS
 from varkit.samplers.speculative.engine import check_pair, decode
 from varkit.samplers.speculative.interfaces import Drafter, Verifier
-from varkit.samplers.speculative.target import Target, can_draft, check_target
+from varkit.samplers.speculative.target import Target, can_draft, check_target, target_of
 from varkit.samplers.speculative.verifiers import VERIFIERS, Grouped, OverCodes
+from varkit.samplers.zipar import ZipARSampler
 
 NAMES: dict[str, tuple[str, str]] = {
     "sjd": ("jacobi", "exact"),
@@ -34,6 +35,9 @@ NAMES: dict[str, tuple[str, str]] = {
 }
 """Pairs of drafter and verifier that have a name of their own."""
 
+
+DRAFTED = ("cspd", "little")
+"""Samplers that ask a smaller model, their option `model`."""
 
 AUTO_IMAGES, AUTO_IMAGES_ELSEWHERE = {"cpu": 2}, 16
 """Up to how many images at once `auto` speculates, by device, and on others: a pass over a window of 8 costs about as
@@ -147,21 +151,7 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
         self, transformer: Generator, cond: Cond, null: Cond | None, settings: dict[str, Any], groups: list[Tensor]
     ) -> Target:
         """What is decoded, under these settings."""
-        check_target(transformer)
-        w = float(settings["guidance_scale"])
-        if w != 1 and null is None:
-            raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
-        schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
-        first, last = guidance_interval(settings["guidance_interval"]) or (0, len(groups))
-        scales = [schedule(w, t, len(groups) - 1) if first <= t <= last else 1.0 for t in range(len(groups))]
-        return Target(
-            transformer,
-            cond,
-            null if w != 1 else None,
-            torch.cat(groups),
-            torch.tensor(scales, device=groups[0].device),
-            build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")}),
-        )
+        return target_of(transformer, cond, null, settings, groups)
 
     @torch.no_grad()
     def generate(
@@ -233,12 +223,41 @@ def _options(text: str) -> dict[str, Any]:
     return found
 
 
+def _of_class(name: str, kind: Any, settings: dict[str, Any], options: dict[str, Any]) -> Any:
+    """A sampler with settings that others have too, and options of its own. Raises ValueError on an unknown one."""
+    return _made("sampler", {name: kind}, name, {**settings, **options}, {})
+
+
+def _continuous(sampler: ContinuousSampler) -> dict[str, Any]:
+    """The settings that every sampler of latents has."""
+    names = inspect.signature(ContinuousSampler.__init__).parameters
+    return {name: value for name, value in sampler.config.items() if name in names}
+
+
+def with_draft(samplers: Sequence[str], draft: str | None) -> list[str]:
+    """Names of samplers, those that ask a smaller model with `draft` as it.
+
+    Raises: ValueError where none asks one.
+    """
+    if draft is None:
+        return list(samplers)
+    asking = [name.partition(":")[0].partition("+")[0] in DRAFTED for name in samplers]
+    if not any(asking):
+        raise ValueError(
+            f"a draft model is asked by the samplers {' and '.join(DRAFTED)} (of MAR; of models of one token a step), "
+            f"such as --sampler {DRAFTED[0]}; got {', '.join(samplers) or 'none'}"
+        )
+    pairs = zip(samplers, asking, strict=True)
+    return [f"{name}{',' if ':' in name else ':'}model={draft}" if asks else name for name, asks in pairs]
+
+
 def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> Any:
     """The sampler that a name stands for, with the settings of a pipeline's own sampler.
 
     Args:
         name: `plain`; `auto`, see below; `sjd`, a drafter (verified exactly), or DRAFTER+VERIFIER, each with options of
-            either behind a colon: `sjd:window=8,start=repeat-above`, `little:model=NAME`.
+            either behind a colon: `sjd:window=8,start=repeat-above`, `little:model=NAME`. Others that take fewer
+            passes: `zipar:window=4`, rows of a grid side by side; `cspd:model=NAME`, of MAR.
         own: the pipeline's sampler.   batch: images that are drawn at once.
 
     `auto` is speculative Jacobi decoding, which needs no other network and keeps the law of plain decoding, where the
@@ -248,8 +267,10 @@ def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> An
     """
     base, _, rest = name.partition(":")
     plain = own
-    if isinstance(own, SpeculativeSampler):
+    if isinstance(own, SpeculativeSampler | ZipARSampler):
         plain = NextGroupSampler(**NextGroupSampler.settings(own))
+    if isinstance(own, ContinuousSpeculativeSampler):
+        plain = ContinuousSampler(**_continuous(own))
     if base in ("plain", "auto"):
         if rest:
             raise ValueError(f"{base} has no options; got {rest!r}")
@@ -261,10 +282,18 @@ def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> An
         flat = len(transformer.layout.grids[-1]) == 1
         options: dict[str, Any] = {"window": 8, "start": "random" if flat else "repeat-above"}
         return SpeculativeSampler(drafter_options=options, **NextGroupSampler.settings(plain))
+    if base == "zipar":
+        ZipARSampler.check(transformer)
+        zipped: ZipARSampler = _of_class("zipar", ZipARSampler, NextGroupSampler.settings(plain), _options(rest))
+        zipped.steps(transformer)
+        return zipped
+    if base == "cspd":
+        ContinuousSpeculativeSampler.check_target(transformer)
+        return _of_class("cspd", ContinuousSpeculativeSampler, _continuous(plain), _options(rest))
     drafter, plus, verifier = base.partition("+")
     if not plus:
         drafter, verifier = NAMES.get(base, (base, "exact"))
-    known = ["auto", "plain", *NAMES, *DRAFTERS]
+    known = ["auto", "plain", "zipar", "cspd", *NAMES, *DRAFTERS]
     if drafter not in DRAFTERS:
         raise ValueError(
             f"no sampler is called {name!r}{nearest(base, known)}; there are {', '.join(known)}, and DRAFTER+VERIFIER"

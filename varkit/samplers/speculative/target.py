@@ -19,6 +19,8 @@ from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond, Generator, Processor
 from varkit.layers.cache import TreeWindow
+from varkit.samplers.guidance import guidance_interval, guidance_schedule
+from varkit.samplers.processors import build_processors
 
 
 def can_draft(model: Any) -> bool:
@@ -33,6 +35,30 @@ def check_target(model: Any, what: str = "speculative decoding") -> None:
             f"{type(model).__name__} does not decide one token a step from those before, so {what} has nothing to "
             f"draft; it goes with LlamaGen, RAR, ELM, FlexTok's GPT and alike. Leave the sampler out"
         )
+
+
+def target_of(
+    transformer: Any, cond: Cond, null: Cond | None, settings: dict[str, Any], groups: Sequence[Tensor]
+) -> Target:
+    """What is decoded, under settings of `NextGroupSampler`. Args: groups: (1,) positions in the order of their turns.
+
+    Raises: ValueError unless the model decides one token a step, or where guidance lacks `null`.
+    """
+    check_target(transformer)
+    w = float(settings["guidance_scale"])
+    if w != 1 and null is None:
+        raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
+    schedule = guidance_schedule(settings["guidance_schedule"], settings["guidance_power"])
+    first, last = guidance_interval(settings["guidance_interval"]) or (0, len(groups))
+    scales = [schedule(w, t, len(groups) - 1) if first <= t <= last else 1.0 for t in range(len(groups))]
+    return Target(
+        transformer,
+        cond,
+        null if w != 1 else None,
+        torch.cat(list(groups)),
+        torch.tensor(scales, device=groups[0].device),
+        build_processors(**{k: settings[k] for k in ("temperature", "top_k", "top_p", "min_p")}),
+    )
 
 
 def ancestors_of(parents: Tensor) -> Tensor:

@@ -23,23 +23,23 @@ import torch
 from torch import Tensor
 
 from varkit.config import nearest
-from varkit.heads.categorical import pick
 from varkit.rng import Draw, Rng
 from varkit.samplers.speculative.drafters.neighbours import Neighbours
+from varkit.samplers.speculative.drafters.starts import SIDES, STARTS, FirstDrafts, draw
 from varkit.samplers.speculative.interfaces import DraftBlock, Drafter, Outcome, Progress
 from varkit.samplers.speculative.target import Target
-
-STARTS = ("random", "repeat-left", "repeat-above", "resample")
 
 
 class Jacobi(Drafter):
     """Args:
     window: positions looked at in a pass: the newest token and window - 1 drafts.
     start: how a position gets its first draft: `random`, a token of the vocabulary; `repeat-left`, `repeat-above`,
-        the neighbour's token; `resample`, a draw from the law of the token before. At a border it is random.
+        the neighbour's token; `resample`, a draw from the law of the token before. At a border it is random. See
+        `FirstDrafts`.
     coupling: draw a position by the same number in each round; see above.
     interval: how many tokens are decided, besides the first, when drafting begins and when it ends; None is always.
-    official_quirks: as released, `interval` is compared with what was decided one round before.
+    official_quirks: as released, `interval` is compared with what was decided one round before, and new positions copy
+        the newest known token where their neighbour is new too; of `resample`, the likeliest.
     """
 
     proposals = frozenset({"iid", "point"})
@@ -66,18 +66,17 @@ class Jacobi(Drafter):
         self._neighbours(target)
 
     def _neighbours(self, target: Target) -> Tensor | None:
-        sides = {"repeat-left": "left", "resample": "left", "repeat-above": "above"}
-        return Neighbours.of(target.model, target.order, sides[self.start]).turn if self.start in sides else None
+        return Neighbours.of(target.model, target.order, SIDES[self.start]).turn if self.start in SIDES else None
 
     def begin(self, target: Target, rng: Rng) -> None:
         self.order, self.factors, self.vocabulary = target.order, target.factors, target.vocabulary
         batch, device = len(target.turns), target.order.device
-        self.neighbours = self._neighbours(target)
         self.rng, self.round = rng, 0
         count = self.factors[0] if self.factors else None
         self.numbers = rng.uniform(self.order, Draw.DRAFT, count=count)  # B T, B T G
         fill = rng.uniform(self.order, Draw.FILL, count=count)
-        self.random = (fill * self.vocabulary).long().clamp(max=self.vocabulary - 1)
+        random = (fill * self.vocabulary).long().clamp(max=self.vocabulary - 1)
+        self.first = FirstDrafts(self.start, self._neighbours(target), random, self.numbers, self.official_quirks)
         self.tokens = torch.zeros(batch, self.nodes, *self.factors, dtype=torch.int64, device=device)
         self.q = torch.zeros(batch, self.nodes, *self.factors, self.vocabulary, device=device)
         self.kept = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -95,53 +94,10 @@ class Jacobi(Drafter):
         self.before = self.turns = progress.turns
         return torch.minimum(drafts, progress.room)
 
-    def _fill(self, progress: Progress, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, point and q of all nodes, those behind the kept ones new."""
-        rows = torch.arange(len(kept), device=kept.device)
-        turns = progress.turns[:, None] + torch.arange(self.nodes, device=kept.device)  # B N
-        inside = turns.clamp(max=len(self.order) - 1)
-        new = torch.arange(self.nodes, device=kept.device) >= kept[:, None]
-        tokens = torch.where(self._wide(new), self.random[rows[:, None], inside], self.tokens)
-        point, q = new.clone(), self.q
-        if self.neighbours is None or not bool(new.any()):
-            return tokens, point, q
-        if self.start == "resample":
-            return self._resample(tokens, point, new, inside)
-        board = progress.tokens.clone()
-        for node in range(self.nodes):  # in order, so that a draft can be copied from a draft
-            side = self.neighbours[inside[:, node]]
-            copied = board[rows, side.clamp_min(0)]
-            wanted = new[:, node] & (side >= 0)
-            tokens[:, node] = torch.where(self._wide(wanted), copied, tokens[:, node])
-            real = turns[:, node] < len(self.order)
-            board[rows[real], inside[real, node]] = tokens[real, node]
-        return tokens, point, q
-
-    def _resample(self, tokens: Tensor, point: Tensor, new: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, law = self.q.clone(), self.last
-        rows = torch.arange(len(new), device=new.device)
-        for node in range(self.nodes):
-            known = (self.neighbours[inside[:, node]] >= 0) & (law.flatten(1).sum(1) > 0)  # type: ignore[index]
-            wanted = new[:, node] & known
-            drawn = self._draw(law, self.numbers[rows, inside[:, node]])
-            tokens[:, node] = torch.where(self._wide(wanted), drawn, tokens[:, node])
-            point[:, node] &= ~wanted
-            law = torch.where(self._wide(wanted)[..., None], law, q[:, node])
-            law = torch.where(self._wide(new[:, node] & ~wanted)[..., None], torch.zeros_like(law), law)
-            q[:, node] = law
-        return tokens, point, q
-
-    def _wide(self, rows: Tensor) -> Tensor:
-        """(B, ...) that broadcasts to tokens."""
-        return rows[..., None] if self.factors else rows
-
-    def _draw(self, law: Tensor, uniform: Tensor) -> Tensor:
-        return pick(law.flatten(0, -2), uniform.flatten()).view_as(uniform)
-
     def propose(self, progress: Progress) -> DraftBlock:
         drafts = self._window(progress)
         kept = torch.minimum(self.kept, drafts)
-        tokens, point, q = self._fill(progress, kept)
+        tokens, point, q = self.first.fill(progress.tokens, progress.turns, self.tokens, self.q, kept, self.last)
         every = torch.arange(self.nodes, device=kept.device).expand(len(kept), -1)
         return DraftBlock(tokens, every, every < drafts[:, None], point, q)
 
@@ -160,11 +116,12 @@ class Jacobi(Drafter):
             parts = self.factors[0] if self.factors else None
             numbers = self.rng.uniform(self.order[place], Draw.DRAFT, step=self.round, count=parts)
         self.q = laws[rows, inside]
-        self.tokens = self._draw(self.q, numbers)
+        self.tokens = draw(self.q, numbers)
         self.kept = there.sum(1)
         self.last = laws[rows[:, 0], count - 1]
 
     def keep(self, rows: Tensor) -> None:
         self.rng = self.rng[rows]
-        for name in ("numbers", "random", "tokens", "q", "kept", "last", "before", "turns"):
+        self.first.keep(rows)
+        for name in ("numbers", "tokens", "q", "kept", "last", "before", "turns"):
             setattr(self, name, getattr(self, name)[rows])

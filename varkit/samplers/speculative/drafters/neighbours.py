@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,11 +32,21 @@ class Neighbours:
             raise ValueError(
                 f"tokens of grids {model.layout.grids} have no neighbours above; draft from the left, or at random"
             )
-        width = grid[-1]
-        place = order - 1 if side == "left" else order - width
-        there = order % width > 0 if side == "left" else order >= width
-        turns = torch.full((model.layout.length,), len(order), device=order.device)
+        return cls.of_grid(grid, order, side)
+
+    @classmethod
+    def of_grid(cls, grid: Sequence[int], order: Tensor, side: str, line_end: int = 0, before: int = 0) -> Neighbours:
+        """Args:
+        grid: (h, w) or (n,) of the image.   order: (T,) positions of the whole sequence by turn.
+        line_end: tokens that end each row of the sequence and are no part of the image (Lumina-mGPT, Emu3): the last
+            token of a row is to their left, and they are to nobody's.
+        before: tokens before the image, which have no neighbours and are nobody's.
+        """
+        width, place = grid[-1] + line_end, order - before
+        there = place % width > 0 if side == "left" else place >= width
+        place = order - (1 if side == "left" else width)
+        turns = torch.full((int(order.max()) + 1,), len(order), device=order.device)
         turns[order] = torch.arange(len(order), device=order.device)
         found = turns[place.clamp_min(0)]
-        there = there & (found < torch.arange(len(order), device=order.device))
+        there = there & (order >= before) & (found < torch.arange(len(order), device=order.device))
         return cls(torch.where(there, found, -1))

@@ -200,7 +200,7 @@ class ZipARSampler(NextGroupSampler, SchedulerMixin):  # named here too: diffuse
             raise ValueError(f"as released the window is at most a row, {grid[1]} tokens; got {self.config.window}")
         return zip_steps(grid, self.config.window, quirks)
 
-    def count_steps(self, transformer: Generator, **changes: Any) -> int:
+    def count_steps(self, transformer: Generator, known: Known | None = None, **changes: Any) -> int:
         return len(self.steps(transformer))
 
     @torch.no_grad()

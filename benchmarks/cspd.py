@@ -58,7 +58,7 @@ def trained_pair(target: str, draft: str, device: str) -> tuple[Any, Any, Any, d
 
     pipeline = open_pipeline(target, device, "float32")
     ContinuousSpeculativeSampler.check_target(pipeline.transformer)
-    small = pipeline.open_draft(draft)
+    small = pipeline.open_draft("model", draft)
     return pipeline.transformer, small, pipeline.image_tokenizer, pipeline.sampler.settings()
 
 

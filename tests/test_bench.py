@@ -39,6 +39,18 @@ def test_images_are_scored_by_a_protocol() -> None:
     assert done.exit_code == 0 and "FD(classifier)" in done.output and "40 images" in done.output
 
 
+def test_several_samplers_are_scored_in_one_table() -> None:
+    names = ["jacobi+lantern:k=8,tv_bound=0.1", "gsd:window=4"]
+    args = ["bench", "fashion-llamagen", "--repeats", "1", "--batches", "1", "--device", "cpu", "--markdown"]
+    args += ["--reference", str(SLICE), "--num", "4", *(x for name in names for x in ("--sampler", name))]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    head, line, *rows = [text for text in done.stdout.splitlines() if text.startswith("|")]
+    assert "FD(classifier)" in head and set(line) <= set("|- ")
+    assert [row.split(" | ")[0].strip("| ") for row in rows] == ["plain", *names]
+    assert len({row.count("|") for row in (head, line, *rows)}) == 1
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

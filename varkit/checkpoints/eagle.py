@@ -1,7 +1,8 @@
 """Released EAGLE drafters of LANTERN <-> varkit: `pytorch_model.bin` of the repositories jadohu/*_drafter.
 
 The keys are the same. They do not tell the grid of the image tokens, nor the length of the prefix: `config.json` beside
-the file does; without one the text-conditional LlamaGen at 256 px is taken, or the line of Chameleon.
+the file does; without one the text-conditional LlamaGen at 256 px is taken, or the line of Chameleon. Those of LlamaGen
+were trained on the states of LANTERN's own LlamaGen, so they get `official_quirks`.
 
 Source: jadohu/LANTERN: models/drafters/cnets_llamagen.py, cnets_anole.py (3a56e45).
 """
@@ -55,6 +56,7 @@ def eagle_arguments(official: Mapping[str, Any]) -> dict[str, Any]:
         "prefix_length": official["cls_token_num"],
         "grid": round(official["block_size"] ** 0.5),
         "rope_base": official["rope_base"],
+        "official_quirks": True,
     }
 
 
@@ -71,7 +73,7 @@ def read_eagle_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
     if _HEADS in state:
         return {**CHAMELEON, **arguments, "num_heads": state[_HEADS].shape[0]}
-    return arguments
+    return {**arguments, "official_quirks": True}
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -35,16 +35,17 @@ def bench(
     num: Annotated[int, typer.Option(min=2, help="Images that are scored.")] = 1000,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    markdown: Annotated[bool, typer.Option("--markdown", help="The table as Markdown.")] = False,
     as_json: Json = False,
 ) -> None:
     """Time sampling by each sampler named, and plain decoding; score their images where there is a reference."""
     from varkit import registry
-    from varkit.samplers.speculative.sampler import with_draft
+    from varkit.samplers.speculative.names import with_draft
 
     sizes: list[int] = numbers(batches, "--batches", int)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"--batches {batches} must be numbers from 1, such as 1,8")
-    names = ["plain", *(s for s in with_draft(sampler or [], draft) if s != "plain")]
+    names = list(dict.fromkeys(["plain", *with_draft(sampler or [], draft)]))
     fresh = name in registry.list_models()
     if fresh and reference:
         raise ValueError(
@@ -53,21 +54,21 @@ def bench(
     pipeline = fresh_pipeline(name, device, dtype) if fresh else open_pipeline(name, device, dtype)
     if pipeline.transformer.condition != "class":
         raise ValueError(f"{name} draws from texts; varkit bench draws from classes")
-    for each in names:  # refused before anything is timed
-        pipeline.choose_sampler(each, sizes[0])
+    # Chosen once, so that networks are opened and neighbours sorted once; and bad names are refused before any work.
+    chosen = {each: pipeline.choose_sampler(each, sizes[0]) for each in names}
     rows = []
     for each in names:
         quality = score(pipeline, name, each, reference, protocol, num, seed, guidance) if reference else {}
         for size in sizes:
             say(f"{each}, {size} at once")
-            rows.append(
-                {"sampler": each, "batch": size, **measure(pipeline, each, size, repeats, seed, guidance), **quality}
-            )
+            by = each if each == "auto" else chosen[each]  # auto depends on how many images are drawn at once
+            took = measure(pipeline, by, size, repeats, seed, guidance)
+            rows.append({"sampler": each, "batch": size, **took, **quality})
     for row in rows:
         plain = next(r for r in rows if r["sampler"] == "plain" and r["batch"] == row["batch"])
         row["speedup"] = plain["ms_per_image"] / row["ms_per_image"]
     facts = {"model": name, "device": str(pipeline.device), "dtype": dtype, "repeats": repeats, "seed": seed}
-    typer.echo(json.dumps({**facts, "rows": rows}) if as_json else table(rows, facts))
+    typer.echo(json.dumps({**facts, "rows": rows}) if as_json else table(rows, facts, markdown))
 
 
 def fresh_pipeline(name: str, device: str, dtype: str) -> Any:
@@ -83,7 +84,7 @@ def fresh_pipeline(name: str, device: str, dtype: str) -> Any:
     return pipeline
 
 
-def measure(pipeline: Any, sampler: str, batch: int, repeats: int, seed: int, guidance: float | None) -> dict[str, Any]:
+def measure(pipeline: Any, sampler: Any, batch: int, repeats: int, seed: int, guidance: float | None) -> dict[str, Any]:
     """Medians over the repeats, whole images with their decoding; counts of the last."""
     labels = [i % pipeline.transformer.num_classes for i in range(batch)]
     times, stats = [], dict[str, Any]()
@@ -130,8 +131,8 @@ def score(
     return {"scores": [{"title": s.title, "value": s.value} for s in result.scores], "scored": num}
 
 
-def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """Aligned text; one line a sampler and batch."""
+def table(rows: list[dict[str, Any]], facts: dict[str, Any], markdown: bool = False) -> str:
+    """Aligned text, or Markdown; one line a sampler and batch."""
     titles = [s["title"] for s in rows[0].get("scores", [])]
     lines = [["sampler", "batch", "ms/image", "speed-up", "passes", "tokens/pass", "accepted", "law", *titles]]
     for row in rows:
@@ -141,7 +142,12 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         law = "plain" if row["sampler"] == "plain" else "lossless" if row["lossless"] else "relaxed"
         cells = [row["sampler"], str(row["batch"]), f"{row['ms_per_image']:.0f}", f"{row['speedup']:.2f}x", passes]
         lines.append([*cells, *drafts, law, *(f"{s['value']:.4g}" for s in row.get("scores", []))])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    if markdown:
+        lines.insert(1, ["---"] * len(lines[0]))
+        lines = [["|", " | ".join(line), "|"] for line in lines]
+    widths = [0 if markdown else max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    gap = " " if markdown else "  "
+    text = "\n".join(gap.join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    text += "\n" if markdown else ""
     of = f"; scores of {rows[0]['scored']:,} images each" if titles else ""
     return f"{text}\n{facts['model']}, {facts['dtype']} on {facts['device']}, median of {facts['repeats']}{of}"

@@ -127,7 +127,7 @@ def sample(
     if out.suffix not in (".png", ".npz", ""):
         raise ValueError(f"--out {out} must end in .png (a grid), .npz, or be a folder")
     from varkit.pipelines.base import generate, speculation, told
-    from varkit.samplers.speculative.sampler import with_draft
+    from varkit.samplers.speculative.names import with_draft
 
     pipeline = open_pipeline(name, device, dtype)
     if optimize:

@@ -136,6 +136,8 @@ class Eagle(HubMixin, ModelMixin, ConfigMixin):
         prefix_length: P, one fewer than the target's.   grid: of image tokens, a side or (h, w).
         line_length: entries in a line of one axis instead of a grid, prefix and image together (Chameleon).
         norm_input: whether the layer norms what it reads.   norm_heads: queries and keys, each head by itself.
+        official_quirks: trained on states that LANTERN's LlamaGen gives a caption's padding, see
+            `varkit.generators.llamagen.released_padding`: then the target gives those.
     Raises: ValueError where heads do not divide evenly.
     """
 
@@ -156,6 +158,7 @@ class Eagle(HubMixin, ModelMixin, ConfigMixin):
         norm_input: bool = False,
         norm_heads: bool = False,
         bias: bool = True,
+        official_quirks: bool = False,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads or (hidden_size // num_heads) % 4:

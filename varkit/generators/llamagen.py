@@ -81,8 +81,25 @@ class CaptionPrefix(nn.Module):
         return Cond(sequence=self.uncond_embedding.to(sequence).expand_as(sequence), mask=mask)
 
 
+def released_padding(visible: Tensor) -> Tensor:
+    """What LANTERN's LlamaGen lets each entry of a prefix see, (B, n) bool -> (B, 1, n, n) bool.
+
+    Padding sees the padding before it and the caption behind it: where the masks of both were added, one minimum is as
+    good as none. No image token reads padding, so only a drafter trained on these states notices.
+    """
+    n = visible.shape[1]
+    lower = torch.ones(n, n, dtype=torch.bool, device=visible.device).tril()
+    key, query = visible[:, None, None, :], visible[:, None, :, None]
+    return torch.where(query, lower & key, lower ^ key)
+
+
 class LlamaGenState(State):
-    """The cache, the prefix, and which positions of the whole sequence may be seen."""
+    """The cache, the prefix, and which positions of the whole sequence may be seen.
+
+    Attributes: official_padding: see `released_padding`.
+    """
+
+    official_padding = False
 
     def __init__(self, cache: KVCache, prefix: Tensor, visible: Tensor | None, guided: bool) -> None:
         self.cache, self.prefix, self.visible, self.guided = cache, prefix, visible, guided
@@ -343,6 +360,8 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         if x.shape[1] > 1 and (state.visible is not None or first > 0):
             every = x.new_ones(1, end, dtype=torch.bool)
             mask = causal(every if state.visible is None else state.visible[:, :end])[:, :, first:]
+        if state.official_padding and state.visible is not None and state.length == 0:
+            mask = released_padding(state.visible[:, :end])
         for i, block in enumerate(self.layers):
             x = block(x, self.rotary, mask, state.cache, i, first)
         hidden = self.norm(x)

@@ -72,6 +72,8 @@ def model_set(pipeline: Any, name: str, protocol: Protocol, device: torch.device
     used = {k: v for k, v in sampler.settings(**settings).items() if v is not None}
     if chosen_sampler is not None:
         used["sampler"] = chosen_sampler if isinstance(chosen_sampler, str) else type(chosen_sampler).__name__
+        if chosen_sampler != "auto":  # which depends on how many images are drawn at once
+            settings["sampler"] = sampler  # its networks opened once, not for every batch
     if chosen := {k: settings[k] for k in BEST_OF if settings.get(k) is not None}:
         chooser = BestOf(pipeline, chosen.get("best_of", 1), chosen.get("classifier"), chosen.get("accept"))
         used |= chosen | {"classifier": judge_name(chosen["classifier"])}

@@ -20,12 +20,13 @@ from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator
 from varkit.layers.packed import can_pack, pack_linears
-from varkit.pipelines.auto import SAMPLERS, find_folder, open_tokenizer, open_transformer
+from varkit.pipelines.auto import SAMPLERS, find_folder, open_drafter, open_tokenizer, open_transformer
 from varkit.pipelines.editing import Editing
 from varkit.rng import Rng
 from varkit.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from varkit.samplers.next_group import Known
-from varkit.samplers.speculative.sampler import SpeculativeSampler, named_sampler
+from varkit.samplers.speculative.names import named_sampler
+from varkit.samplers.speculative.sampler import SpeculativeSampler
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -122,38 +123,44 @@ class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
         if isinstance(sampler, str):
             chosen = named_sampler(sampler, self.sampler, self.transformer, batch)
         asking = isinstance(chosen, SpeculativeSampler | ContinuousSpeculativeSampler)
-        if asking and (name := chosen.model_to_open) is not None:
-            chosen.draft_model = self.open_draft(name)
+        if asking and (opened := chosen.model_to_open) is not None:
+            chosen.draft_model = self.open_draft(*opened)
         if isinstance(sampler, str) and isinstance(chosen, ContinuousSpeculativeSampler):
             chosen.check_models(self.transformer, chosen.draft_model)
         return chosen
 
-    def open_draft(self, name: str) -> Any:
-        """A smaller generator of the same tokens, by name or folder; the last one is kept open.
+    def open_draft(self, option: str, name: str) -> Any:
+        """What drafts for this model, by name or folder; the last one is kept open.
 
+        Args: option: `model`, a smaller generator of the same tokens, or `network`, an EAGLE network.
         Raises: ValueError when nothing answers to the name, or what it was trained with is another tokenizer, or are
             other classes, as far as the folder says.
         """
         transformer = self.transformer
-        key = (name, transformer.device, transformer.dtype)
+        key = (option, name, transformer.device, transformer.dtype)
         if self._draft is None or self._draft[0] != key:
-            model, labels = open_transformer(name, Generator)
-            own = getattr(self, "labels", {})
-            if labels and own and (odd := sorted(k for k in {*labels, *own} if labels.get(k) != own.get(k))):
-                raise ValueError(
-                    f"the draft {name} has other classes than this model: {odd[0]} is {labels.get(odd[0])!r} there and "
-                    f"{own.get(odd[0])!r} here"
-                )
-            if find_folder(name) is not None:
-                tokenizer, ours = open_tokenizer(name), dict(self.image_tokenizer.named_parameters())
-                theirs = dict(tokenizer.named_parameters())
-                if theirs.keys() != ours.keys() or not all(same(theirs[k], ours[k]) for k in ours):
-                    raise ValueError(
-                        f"the draft {name} was trained on the tokens of another tokenizer; both models must share one"
-                    )
+            model = open_drafter(name, transformer) if option == "network" else self._smaller(name)
             model = model.to(transformer.device).eval()
             self._draft = key, model if model.dtype == transformer.dtype else model.to(transformer.dtype)
         return self._draft[1]
+
+    def _smaller(self, name: str) -> Any:
+        """A generator of the same classes and tokens. Raises ValueError, see `open_draft`."""
+        model, labels = open_transformer(name, Generator)
+        own = getattr(self, "labels", {})
+        if labels and own and (odd := sorted(k for k in {*labels, *own} if labels.get(k) != own.get(k))):
+            raise ValueError(
+                f"the draft {name} has other classes than this model: {odd[0]} is {labels.get(odd[0])!r} there and "
+                f"{own.get(odd[0])!r} here"
+            )
+        if find_folder(name) is not None:
+            tokenizer, ours = open_tokenizer(name), dict(self.image_tokenizer.named_parameters())
+            theirs = dict(tokenizer.named_parameters())
+            if theirs.keys() != ours.keys() or not all(same(theirs[k], ours[k]) for k in ours):
+                raise ValueError(
+                    f"the draft {name} was trained on the tokens of another tokenizer; both models must share one"
+                )
+        return model
 
     @torch.no_grad()
     def draw(

@@ -210,9 +210,9 @@ class ContinuousSpeculativeSampler(ContinuousSampler, SchedulerMixin):  # diffus
     draft_model: Any = None
 
     @property
-    def model_to_open(self) -> str | None:
-        """The name of the draft, while `draft_model` is not set."""
-        return self.config.model if self.draft_model is None else None
+    def model_to_open(self) -> tuple[str, str] | None:
+        """The option `model` and what it says, while `draft_model` is not set."""
+        return ("model", self.config.model) if self.config.model is not None and self.draft_model is None else None
 
     @register_to_config
     def __init__(

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varkit.rng import Rng
@@ -47,12 +49,13 @@ class DraftBlock:
     q: Tensor | None = None
     proposal: Proposal = "iid"
 
-    @property
+    @cached_property
     def depth(self) -> Tensor:
         """(B, N) int64, 1 for children of the root."""
-        depth = self.parents.new_zeros(len(self.parents), self.parents.shape[1] + 1)
-        for node in range(1, depth.shape[1]):
-            depth[:, node] = depth.gather(1, self.parents[:, node - 1 : node])[:, 0] + 1
+        above = F.pad(self.parents, (1, 0))  # the root is its own parent
+        depth = (torch.arange(above.shape[1], device=above.device) > 0).long().expand_as(above)
+        for _ in range(above.shape[1].bit_length()):  # each time twice as far up
+            depth, above = depth + depth.gather(1, above), above.gather(1, above)
         return depth[:, 1:]
 
 

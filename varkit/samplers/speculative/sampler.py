@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
-import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,32 +14,15 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from varkit.config import nearest
+from varkit.generators.eagle import Eagle
 from varkit.interfaces import Cond, Generator, Tokenizer
 from varkit.rng import Rng
-from varkit.samplers.continuous import ContinuousSampler
-from varkit.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from varkit.samplers.next_group import Known, NextGroupSampler, SamplerOutput, StepInfo
 from varkit.samplers.speculative.drafters import DRAFTERS
 from varkit.samplers.speculative.engine import check_pair, decode
 from varkit.samplers.speculative.interfaces import Drafter, Verifier
-from varkit.samplers.speculative.target import Target, can_draft, check_target, target_of
+from varkit.samplers.speculative.target import Target, check_target, target_of
 from varkit.samplers.speculative.verifiers import VERIFIERS, Grouped, OverCodes
-from varkit.samplers.zipar import ZipARSampler
-
-NAMES: dict[str, tuple[str, str]] = {
-    "sjd": ("jacobi", "exact"),
-    "gsd": ("jacobi", "grouped"),
-    "lantern": ("eagle", "lantern"),
-}
-"""Pairs of drafter and verifier that have a name of their own."""
-
-
-DRAFTED = ("cspd", "little")
-"""Samplers that ask a smaller model, their option `model`."""
-
-AUTO_IMAGES, AUTO_IMAGES_ELSEWHERE = {"cpu": 2}, 16
-"""Up to how many images at once `auto` speculates, by device, and on others: a pass over a window of 8 costs about as
-much as one over a single token while reading the weights is what takes time."""
 
 
 @dataclass
@@ -59,16 +40,44 @@ class SpeculativeOutput(SamplerOutput):
     lossless: bool
 
 
-def _made(kind: str, table: dict[str, Any], name: str, options: dict[str, Any], more: dict[str, Any]) -> Any:
-    """An object of `table` by name. Raises ValueError on an unknown name or option."""
+OPENED = ("model", "network")
+"""Options of drafters that name a network, which a pipeline opens."""
+
+
+_KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def options_of(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """Arguments of a drafter's or a verifier's class by name."""
+    return {} if cls.__init__ is object.__init__ else dict(inspect.signature(cls).parameters)
+
+
+def _check_kind(what: str, parameter: inspect.Parameter, value: Any) -> None:
+    """Raises ValueError where a plain argument has a value of another kind, as a text may."""
+    kinds = set(str(parameter.annotation).split(" | ")) - {"None"}
+    allowed = tuple(kind for name in kinds for kind in _KINDS.get(name, ()))
+    if value is None or not kinds <= _KINDS.keys() or (isinstance(value, allowed) and type(value) is not bool):
+        return
+    if not (isinstance(value, bool) and "bool" in kinds):
+        raise ValueError(f"{what} must be {' or '.join(sorted(kinds))}; got {value!r}")
+
+
+def made(kind: str, table: dict[str, Any], name: str, options: dict[str, Any], more: dict[str, Any]) -> Any:
+    """An object of `table` by name. Raises ValueError on an unknown name or option, or a value of another kind."""
     if name not in table:
         raise ValueError(f"no {kind} is called {name!r}{nearest(name, table)}; there are {', '.join(table)}")
-    taken = set(inspect.signature(table[name].__init__).parameters) - {"self"}
+    taken = options_of(table[name])
     if unknown := sorted(options.keys() - taken):
         raise ValueError(
-            f"{kind} {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(taken)) or 'none'}"
+            f"{kind} {name} has no option {', '.join(unknown)}{nearest(unknown[0], taken)}; "
+            f"it has {', '.join(sorted(taken)) or 'none'}"
         )
-    return table[name](**options, **{k: v for k, v in more.items() if k in taken and k not in options})
+    for option, value in options.items():
+        _check_kind(f"{option} of the {kind} {name}", taken[option], value)
+    try:
+        return table[name](**options, **{k: v for k, v in more.items() if k in taken and k not in options})
+    except TypeError as error:
+        raise ValueError(f"the {kind} {name} cannot take {options}: {error}") from None
 
 
 class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: diffusers looks for it in this module
@@ -79,11 +88,11 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
         verifier, verifier_options: a name of `VERIFIERS`, likewise.
         others: see `NextGroupSampler`; `more_smooth` and `num_steps` are refused.
     Attributes:
-        draft_model: a generator, for drafters that ask one. It is not saved; the option `model` of the drafter, a name
-            or folder, is, and a pipeline opens it.
+        draft_model: a generator, or an EAGLE network, for drafters that ask one. It is not saved; the option `model`
+            or `network` of the drafter, a name or folder, is, and a pipeline opens it.
     """
 
-    draft_model: Generator | None = None
+    draft_model: Generator | Eagle | None = None
     _ready: tuple[Tokenizer, Verifier] | None = None
 
     @register_to_config
@@ -116,19 +125,20 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
 
     def new_drafter(self) -> Drafter:
         """A drafter for one batch. Raises ValueError on a bad name or option."""
-        options = dict(self.config.drafter_options or {})
-        if isinstance(options.get("model"), str):
-            del options["model"]
-        return _made("drafter", DRAFTERS, self.config.drafter, options, {"model": self.draft_model})
+        given = self.config.drafter_options or {}
+        options = {k: self.draft_model if k in OPENED and isinstance(v, str) else v for k, v in given.items()}
+        return made("drafter", DRAFTERS, self.config.drafter, options, dict.fromkeys(OPENED, self.draft_model))
 
     @property
-    def model_to_open(self) -> str | None:
-        """The name of the drafting model that the options give, while `draft_model` is not set."""
-        return (self.config.drafter_options or {}).get("model") if self.draft_model is None else None
+    def model_to_open(self) -> tuple[str, str] | None:
+        """Which of `OPENED` the drafter's options give, and its name, while `draft_model` is not set."""
+        given = self.config.drafter_options or {}
+        named = [(k, given[k]) for k in OPENED if isinstance(given.get(k), str)]
+        return named[0] if named and self.draft_model is None else None
 
     def new_verifier(self) -> Verifier:
         """Raises ValueError on a bad name or option."""
-        return _made("verifier", VERIFIERS, self.config.verifier, dict(self.config.verifier_options or {}), {})
+        return made("verifier", VERIFIERS, self.config.verifier, dict(self.config.verifier_options or {}), {})
 
     def verifier_for(self, tokenizer: Tokenizer) -> Verifier:
         """The verifier, with the codebook where it compares codes; made once, for neighbours take some time to find."""
@@ -207,105 +217,3 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
             tokens_per_call=[len(groups) / calls for calls in counts.target_calls],
             lossless=verifier.lossless,
         )
-
-
-def _options(text: str) -> dict[str, Any]:
-    """`window=8,branches=[4,2]` as a dictionary; a value that is no JSON is a word."""
-    found: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", text) if text else []:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"options of a sampler are key=value, separated by commas; got {part!r}")
-        try:
-            found[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key.strip()] = value
-    return found
-
-
-def _of_class(name: str, kind: Any, settings: dict[str, Any], options: dict[str, Any]) -> Any:
-    """A sampler with settings that others have too, and options of its own. Raises ValueError on an unknown one."""
-    return _made("sampler", {name: kind}, name, {**settings, **options}, {})
-
-
-def _continuous(sampler: ContinuousSampler) -> dict[str, Any]:
-    """The settings that every sampler of latents has."""
-    names = inspect.signature(ContinuousSampler.__init__).parameters
-    return {name: value for name, value in sampler.config.items() if name in names}
-
-
-def with_draft(samplers: Sequence[str], draft: str | None) -> list[str]:
-    """Names of samplers, those that ask a smaller model with `draft` as it.
-
-    Raises: ValueError where none asks one.
-    """
-    if draft is None:
-        return list(samplers)
-    asking = [name.partition(":")[0].partition("+")[0] in DRAFTED for name in samplers]
-    if not any(asking):
-        raise ValueError(
-            f"a draft model is asked by the samplers {' and '.join(DRAFTED)} (of MAR; of models of one token a step), "
-            f"such as --sampler {DRAFTED[0]}; got {', '.join(samplers) or 'none'}"
-        )
-    pairs = zip(samplers, asking, strict=True)
-    return [f"{name}{',' if ':' in name else ':'}model={draft}" if asks else name for name, asks in pairs]
-
-
-def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> Any:
-    """The sampler that a name stands for, with the settings of a pipeline's own sampler.
-
-    Args:
-        name: `plain`; `auto`, see below; `sjd`, a drafter (verified exactly), or DRAFTER+VERIFIER, each with options of
-            either behind a colon: `sjd:window=8,start=repeat-above`, `little:model=NAME`. Others that take fewer
-            passes: `zipar:window=4`, rows of a grid side by side; `cspd:model=NAME`, of MAR.
-        own: the pipeline's sampler.   batch: images that are drawn at once.
-
-    `auto` is speculative Jacobi decoding, which needs no other network and keeps the law of plain decoding, where the
-    model decides one token a step and few images are drawn at once (`AUTO_IMAGES`); else it is `plain`. Drafts of a
-    position start as copies of the token above it where tokens form a grid, which was accepted most in our runs.
-    Raises: ValueError on a bad name or option, or where the model has nothing to draft.
-    """
-    base, _, rest = name.partition(":")
-    plain = own
-    if isinstance(own, SpeculativeSampler | ZipARSampler):
-        plain = NextGroupSampler(**NextGroupSampler.settings(own))
-    if isinstance(own, ContinuousSpeculativeSampler):
-        plain = ContinuousSampler(**_continuous(own))
-    if base in ("plain", "auto"):
-        if rest:
-            raise ValueError(f"{base} has no options; got {rest!r}")
-        least = AUTO_IMAGES.get(transformer.schedule()[0].device.type, AUTO_IMAGES_ELSEWHERE)
-        if base == "plain" or not can_draft(transformer) or not isinstance(plain, NextGroupSampler) or batch > least:
-            return plain
-        if plain.config.more_smooth:
-            return plain
-        flat = len(transformer.layout.grids[-1]) == 1
-        options: dict[str, Any] = {"window": 8, "start": "random" if flat else "repeat-above"}
-        return SpeculativeSampler(drafter_options=options, **NextGroupSampler.settings(plain))
-    if base == "zipar":
-        ZipARSampler.check(transformer)
-        zipped: ZipARSampler = _of_class("zipar", ZipARSampler, NextGroupSampler.settings(plain), _options(rest))
-        zipped.steps(transformer)
-        return zipped
-    if base == "cspd":
-        ContinuousSpeculativeSampler.check_target(transformer)
-        return _of_class("cspd", ContinuousSpeculativeSampler, _continuous(plain), _options(rest))
-    drafter, plus, verifier = base.partition("+")
-    if not plus:
-        drafter, verifier = NAMES.get(base, (base, "exact"))
-    known = ["auto", "plain", "zipar", "cspd", *NAMES, *DRAFTERS]
-    if drafter not in DRAFTERS:
-        raise ValueError(
-            f"no sampler is called {name!r}{nearest(base, known)}; there are {', '.join(known)}, and DRAFTER+VERIFIER"
-        )
-    check_target(transformer)
-    given = _options(rest)
-    of_verifier = set(inspect.signature(VERIFIERS[verifier].__init__).parameters) if verifier in VERIFIERS else set()
-    of_drafter = set(inspect.signature(DRAFTERS[drafter].__init__).parameters)
-    return SpeculativeSampler(
-        drafter,
-        verifier,
-        {k: v for k, v in given.items() if k in of_drafter or k not in of_verifier},
-        {k: v for k, v in given.items() if k in of_verifier and k not in of_drafter},
-        **NextGroupSampler.settings(plain),
-    )

@@ -13,8 +13,6 @@ Shapes: B images, R rows (B, or 2 B under guidance), N nodes, K children, V code
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -35,8 +33,9 @@ class EagleDrafter(Drafter):
     """Proposes by an `Eagle` network, which reads the target's last hidden states.
 
     Args:
-        network: made for the target; or its folder.
+        network: made for the target; None until there is one.
         tree: `dynamic`, a `DynamicTree`, or a fixed tree: its name in `TREES`, its paths, or a `StaticTree`.
+        nodes, depth, width: of a tree that is `dynamic`, instead of those of `DynamicTree`.
     Raises: ValueError on an unknown tree, or one with more draws of a node than there are tokens.
     """
 
@@ -48,12 +47,20 @@ class EagleDrafter(Drafter):
 
     def __init__(
         self,
-        network: Eagle | str | Path,
+        network: Eagle | None = None,
         tree: str | Sequence[Sequence[int]] | StaticTree | DynamicTree = "dynamic",
+        nodes: int | None = None,
+        depth: int | None = None,
+        width: int | None = None,
     ) -> None:
-        self.network = network if isinstance(network, Eagle) else cast(Eagle, Eagle.from_pretrained(network)).eval()
-        self.tree = parse_tree(tree)
-        size = self.network.config.codebook_size
+        sizes = {k: v for k, v in (("nodes", nodes), ("depth", depth), ("width", width)) if v is not None}
+        if sizes and tree != "dynamic":
+            raise ValueError(f"{', '.join(sizes)} are of the tree `dynamic`; a fixed tree has its own. Leave them out")
+        self.tree = DynamicTree(**sizes) if sizes else parse_tree(tree)
+        if network is None:
+            return
+        self.network = network
+        size = network.config.codebook_size
         if isinstance(self.tree, StaticTree) and self.tree.width > size:
             raise ValueError(f"a node of this tree has {self.tree.width} draws, the codebook has {size} entries")
 
@@ -70,11 +77,16 @@ class EagleDrafter(Drafter):
     # ---- the loop -------------------------------------------------------------------------------------------------
 
     def check(self, target: Target) -> None:
-        """Raises ValueError when the network was made for another target, or tokens do not come in raster order."""
+        """Raises ValueError without a network, or when it was made for another target, or tokens do not come in raster
+        order."""
+        if not hasattr(self, "network"):
+            raise ValueError("the drafter `eagle` needs the network that was trained for the model: network=FOLDER")
         self.network.require(target.model)
         order = target.order
         if not torch.equal(order, torch.arange(len(order), device=order.device)):
             raise ValueError("an EAGLE drafter is trained on one order of the tokens, raster; leave out order=")
+        if self.network.config.official_quirks:
+            target.state.official_padding = True
 
     def begin(self, target: Target, rng: Rng) -> None:
         """A batch whose first token is decided; the target has seen its prefix, and kept the states in `hidden`."""
@@ -232,10 +244,8 @@ class EagleDrafter(Drafter):
         parents, indices = tree.parents.to(device).expand(batch, -1), tree.indices.to(device)
         valid = torch.ones_like(parents, dtype=torch.bool)
         if not self.greedy:
-            valid = shares.flatten(1)[:, indices] > 0
-            for node, parent in enumerate(tree.parents.tolist()):
-                if parent:
-                    valid[:, node] &= valid[:, parent - 1]
+            drawn = shares.flatten(1)[:, indices] > 0
+            valid = ~(tree.above.to(device) & ~drawn[:, None]).any(2)
         chosen = torch.full_like(valid, self.greedy)
         q = None if self.greedy else laws[:, indices // tree.width]
         return DraftBlock(tokens.flatten(1)[:, indices], parents, valid, chosen, q, "without-replacement")
@@ -250,7 +260,6 @@ class EagleDrafter(Drafter):
         out = self.root[:, None]
         laws, tokens, shares = list[Tensor](), list[Tensor](), list[Tensor]()
         seen = torch.zeros(len(newest), 1, 0, dtype=torch.bool, device=newest.device)
-        count = 0
         for level in range(len(tree.levels) + 1):
             if level:
                 where, repeats = (t.to(newest.device) for t in tree.levels[level - 1])
@@ -264,10 +273,8 @@ class EagleDrafter(Drafter):
                 best = logits.topk(tree.width)
                 drawn = (best.indices, best.values)
             else:
-                steps = range(count, count + out.shape[1])
-                numbers = [rng.uniform(newest[:, None], Draw.TREE, step=s, count=tree.width) for s in steps]
-                drawn = draw_without_replacement(laws[-1], torch.cat(numbers, 1))
-            count += out.shape[1]
+                numbers = rng.uniform(newest[:, None], Draw.TREE, step=level, count=out.shape[1] * tree.width)
+                drawn = draw_without_replacement(laws[-1], numbers.view(*laws[-1].shape[:2], tree.width))
             tokens.append(drawn[0])
             shares.append(drawn[1])
         return torch.cat(laws, 1), torch.cat(tokens, 1), torch.cat(shares, 1)

@@ -73,7 +73,7 @@ class StaticTree:
         width: K; None is the largest number of siblings.
     Attributes:
         paths: sorted by length, then by rank: node i + 1 is paths[i].
-        parents, depth: (N,) int64.
+        parents, depth: (N,) int64.   above: (N, N) bool, [i, j] whether node j + 1 is node i + 1 or above it.
         indices: (N,): where the node's token stands among the draws (E K,) of all expanded nodes.
         levels: of each depth at which nodes are expanded: where their tokens stand among the draws of the depth
             before, and how many children of each node expanded there they are.
@@ -101,6 +101,8 @@ class StaticTree:
             raise ValueError(f"this tree has up to {most} siblings; width must be at least that, got {width}")
         self.parents = torch.tensor([number[p[:-1]] for p in self.paths])
         self.depth = torch.tensor([len(p) for p in self.paths])
+        ways = [[path[: len(p)] == p for p in self.paths] for path in self.paths]
+        self.above = torch.tensor(ways)
         expanded = sorted(set(self.parents.tolist()))  # numbers, the root first, as the paths are sorted
         place = {n: i for i, n in enumerate(expanded)}
         self.indices = torch.tensor([place[number[p[:-1]]] * self.width + p[-1] for p in self.paths])

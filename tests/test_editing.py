@@ -431,6 +431,13 @@ def test_rar_reads_known_tokens_first_unless_an_order_is_asked_for() -> None:
     assert predictive.shape[1] == length
     raster, plain = drawn(name, given, keep, order="raster")
     assert plain.steps == length and torch.equal(raster[:, keep], given[:, keep])
+    before, groups = model.groups_around(keep[None], Rng.from_seed(0, 1), order="column")
+    column = [int(g) for g in model.in_order("column")]
+    assert before[0].tolist() + torch.cat(groups).tolist() == sorted(
+        column, key=lambda p: (not keep[p], column.index(p))
+    )
+    with pytest.raises(ValueError, match="one order for all images"):
+        model.groups_around(torch.eye(2, length, dtype=torch.bool), Rng.from_seed(0, 2))
     everything, out = drawn(name, given, torch.ones(length, dtype=torch.bool))
     assert torch.equal(everything, given) and out.steps == 0
 

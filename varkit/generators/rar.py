@@ -265,16 +265,16 @@ class RAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     def groups_around(
         self, keep: Tensor, rng: Rng, num_steps: int | None = None, order: str | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Known tokens come first, so that all others see them; then these. Both in raster order, or that of the name.
+        """Known tokens come first, so that all others see them; then these. Both are in raster order, or in that of the
+        name.
 
         Raises: ValueError when images of a batch have different masks: the order is one for all.
         """
-        if num_steps not in (None, self.layout.length) or (keep != keep[:1]).any():
+        if (keep != keep[:1]).any():
             raise ValueError(
-                "RAR decides one token a step, in one order for all images: draw images with other masks in another "
-                "call, and leave num_steps out"
+                "RAR decides tokens in one order for all images: draw images with other masks in another call"
             )
-        turns = torch.cat(self.groups(rng, None, order))
+        turns = torch.cat(self.schedule(num_steps) if order is None else self.in_order(order, num_steps))
         kept = keep[0].to(turns.device)[turns]
         return turns[kept].expand(len(keep), -1), list(turns[~kept][:, None])
 

@@ -220,16 +220,14 @@ def feathered(alpha: Tensor, width: int) -> Tensor:
     k = max(1, min(alpha.shape) // RAMP_SIDE)
     ramp = F.max_pool2d(alpha[None, None], k, ceil_mode=True)
     r = max(1, round(width / k / 2))
-    for kernel, padding in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):
-        ramp = F.max_pool2d(ramp, kernel, stride=1, padding=padding)  # reaches r further ...
-    for kernel, edges in (((2 * r + 1, 1), (0, 0, r, r)), ((1, 2 * r + 1), (r, r, 0, 0))):
-        ramp = F.avg_pool2d(F.pad(ramp, edges, mode="replicate"), kernel, stride=1)  # ... and falls over 2 r
-    ramp = (
-        F.interpolate(ramp, size=tuple(alpha.shape), mode="bilinear", align_corners=False)[0, 0]
-        if k > 1
-        else ramp[0, 0]
-    )
-    return torch.maximum(alpha, ramp)
+    for down, across in ((r, 0), (0, r)):  # reaches r further ...
+        ramp = F.max_pool2d(ramp, (2 * down + 1, 2 * across + 1), stride=1, padding=(down, across))
+    for down, across in ((r, 0), (0, r)):  # ... and falls over 2 r
+        padded = F.pad(ramp, (across, across, down, down), mode="replicate")
+        ramp = F.avg_pool2d(padded, (2 * down + 1, 2 * across + 1), stride=1)
+    if k > 1:
+        ramp = F.interpolate(ramp, size=tuple(alpha.shape), mode="bilinear", align_corners=False)
+    return torch.maximum(alpha, ramp[0, 0])
 
 
 def paste_back(drawn: Tensor, original: Tensor, frame: Frame, alpha: Tensor) -> Tensor:

@@ -156,9 +156,7 @@ def make_plan(
     else:
         images = [image] if isinstance(image, Image.Image) else list(image)
         images = [read_image(one) for one in images or [None]]
-    sizes: list[tuple[int, int]] = [
-        (one.shape[-2], one.shape[-1]) if isinstance(one, Tensor) else (one.height, one.width) for one in images
-    ]
+    sizes = [(one.shape[-2], one.shape[-1]) if isinstance(one, Tensor) else (one.height, one.width) for one in images]
     fit = options.fit or ("stretch" if options.extend is None else "pad")
     frames = [place(size, canvas, fit, options.extend) for size in sizes]
     masks = [None] * len(images) if mask is None else one_each(mask, len(images))

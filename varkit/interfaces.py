@@ -274,7 +274,7 @@ class Generator(ABC):
     @property
     def takes(self) -> frozenset[str]:
         """All that it is conditioned on: its `condition`, and `control` where it has a network for control images."""
-        steered = getattr(self, "control", None) is not None
+        steered = getattr(self, "controller", None) is not None
         return frozenset({self.condition, "control"} if steered else {self.condition})
 
     mask_id: int | None = None

@@ -129,7 +129,9 @@ class ControlCondition(Condition):
         count = longest if count is None else count
         for kind, x in pixels.items():
             if len(x) not in (1, count):
-                raise ValueError(f"{len(x)} images of {kind or 'control'} for {count} images; give one, or one an image")
+                raise ValueError(
+                    f"{len(x)} images of {kind or 'control'} for {count} images; give one, or one an image"
+                )
         names = self.kinds or ("",)
         blank = next(iter(pixels.values())).new_zeros(1, 3, *self.size)
         images = torch.stack([pixels.get(k, blank).expand(count, -1, -1, -1) for k in names], 1)  # B K 3 H W
@@ -139,7 +141,8 @@ class ControlCondition(Condition):
     def _by_kind(self, control: Controls) -> dict[str, Pictures]:
         if not isinstance(control, Mapping):
             if len(self.kinds) > 1:
-                raise ValueError(f"this model knows several controls: say which, as in control={{'{self.kinds[0]}': image}}")
+                example = f"control={{'{self.kinds[0]}': image}}"
+                raise ValueError(f"this model knows several controls: say which, as in {example}")
             return {(self.kinds or ("",))[0]: control}
         if not control:
             raise ValueError("control is empty: give at least one image")
@@ -217,9 +220,9 @@ class Control(nn.Module):
 
     Args:
         hidden_size, depth: of the generator.
-        encoder: a name in `ENCODERS`, or None with all arguments of `ControlEncoder`.
-        kinds: names of the controls that are told apart, each by a learned vector; empty for one control.
-        changes: arguments of `ControlEncoder` to use instead of those of `encoder`.
+        encoder: a name in `ENCODERS`, or arguments of `ControlEncoder`.
+        kinds: names of the controls that are told apart, each by a learned vector; one name or none for one control.
+        resize: the encoder's, where it is named: see `ControlEncoder`.
     Raises: ValueError on a bad argument.
     """
 
@@ -227,20 +230,22 @@ class Control(nn.Module):
         self,
         hidden_size: int,
         depth: int,
-        encoder: str | None = None,
+        encoder: str | Mapping[str, Any] = "vit-small",
         kinds: Sequence[str] = (),
-        **changes: Any,
+        resize: str | None = None,
     ) -> None:
         super().__init__()
-        if encoder is not None and encoder not in ENCODERS:
+        if isinstance(encoder, str) and encoder not in ENCODERS:
             raise ValueError(f"no control encoder is called {encoder!r}; known: {', '.join(ENCODERS)}")
-        sizes = {**ENCODERS.get(encoder or "", {}), **changes}
+        sizes = dict(ENCODERS[encoder] if isinstance(encoder, str) else encoder)
+        if resize is not None:
+            sizes["resize"] = resize
         try:
             self.encoder = ControlEncoder(**sizes)
         except TypeError as error:
             raise ValueError(
-                f"control={{...}} must name an encoder ({', '.join(ENCODERS)}) or give width, depth, heads, patch and "
-                f"grid of one: {error}"
+                f"the control encoder must be one of {', '.join(ENCODERS)}, or width, depth, heads, patch and grid of "
+                f"one: {error}"
             ) from None
         if len(set(kinds)) < len(kinds):
             raise ValueError(f"kinds of control must differ; got {list(kinds)}")
@@ -333,7 +338,7 @@ def inject(x: Tensor, fused: Fused | None, layer: int, where: slice = slice(None
 
 
 class Controlled:
-    """For a generator, beside its other bases: it may have a network for control images, named `control`.
+    """For a generator, beside its other bases: it may have a network for control images, named `controller`.
 
     Its constructor takes `control`, the arguments of `Control` after the first two or None, and `control_drop_rate`,
     and calls `add_control`.
@@ -345,12 +350,15 @@ class Controlled:
 
     def add_control(self, settings: Mapping[str, Any] | None) -> None:
         """Make the network of these arguments. Raises ValueError where it cannot be."""
-        self.control: Control | None = None
+        self.controller: Control | None = None
         if settings is None:
             return
         if bad := [grid for grid in self.layout.grids if len(grid) != 2]:
             raise ValueError(f"control needs tokens that have a place in the image; this model has the grid {bad[0]}")
-        self.control = Control(self.config.hidden_size, self.config.depth, **settings)
+        try:
+            self.controller = Control(self.config.hidden_size, self.config.depth, **settings)
+        except TypeError as error:
+            raise ValueError(f"control= has encoder, kinds and resize: {error}") from None
         self.register_to_config(control=dict(settings))
 
     def fuse(self, cond: Cond) -> Fused | None:
@@ -360,12 +368,12 @@ class Controlled:
         """
         if cond.control is None or cond.control_weight is None:
             return None
-        if self.control is None:
+        if self.controller is None:
             raise ValueError(
                 f"this {type(self).__name__} takes no control images: leave control out, or take a model that was "
                 f"trained with them (docs/control.md)"
             )
-        return self.control(cond.control, cond.control_weight, self.layout.grids)
+        return self.controller(cond.control, cond.control_weight, self.layout.grids)
 
 
 def dropped(weight: Tensor | None, rows: Tensor, rng: Rng, rate: float) -> Tensor | None:

@@ -1,7 +1,7 @@
 """The vision transformer that reads control images: DINOv2's or the plain ViT's, of any size.
 
-Parameters carry timm's names, so its weights load as they are. Positions are interpolated as transformers does (bicubic,
-to the exact size), which is neither timm's nor the first DINOv2 release's way.
+Parameters carry timm's names, so its weights load as they are. Positions are interpolated as transformers does, bicubic
+and to the exact size, which is neither timm's nor the first DINOv2 release's way.
 
 Source: hustvl/ControlAR: autoregressive/models/dinov2_adapter.py, vit_adapter.py (87e32e9); huggingface/transformers
 4.46.3: models/dinov2/modeling_dinov2.py, models/vit/modeling_vit.py.
@@ -21,7 +21,15 @@ from torch import Tensor, nn
 
 from varkit.layers.mlp import FeedForward
 
-UNREAD = ("mask_token", "head.weight", "head.bias", "norm_pre.weight", "norm_pre.bias", "fc_norm.weight", "fc_norm.bias")
+UNREAD = (
+    "mask_token",
+    "head.weight",
+    "head.bias",
+    "norm_pre.weight",
+    "norm_pre.bias",
+    "fc_norm.weight",
+    "fc_norm.bias",
+)
 """Of trained encoders: what no feature map needs."""
 
 

@@ -311,8 +311,8 @@ class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     def init_weights(self, adaln_gain: float = 0.5, gamma_gain: float = 1e-3, head_gain: float = 0.02) -> None:
         """Initialise as the reference does; a second call starts afresh. See `initialise`."""
         initialise(self, adaln_gain, gamma_gain, head_gain)
-        if self.control is not None:
-            self.control.init_weights()
+        if self.controller is not None:
+            self.controller.init_weights()
 
     # ---- the network --------------------------------------------------------------------------------------
 
@@ -442,7 +442,7 @@ class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
         """Cross entropy, each token weighted 1 / L, plus what the reference logs.
 
         Args:
-            tokens, inputs: (B, L) and (B, L, latent_dim).   cond: class ids, and control images of a model that takes them.
+            tokens, inputs: (B, L) and (B, L, latent_dim).   cond: class ids, and control images.
             num_scales: progressive training, the first scales only (official `prog_si`).
             newest_weight: weight of the last of them.
             label_smoothing: in [0, 1).

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from varkit import registry
+from varkit.conditioning.control import ControlCondition, Controls, Strength
 from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator
@@ -103,6 +104,31 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 f"{type(sampler).__name__} has no setting {', '.join(unknown)}; it has {', '.join(sampler.settings())}"
             )
         return given
+
+    def encode_control(self, control: Controls | None, strength: Strength | None, count: int | None) -> Cond | None:
+        """Control images for `count` images; see `ControlCondition.encode`. None where none are to be used.
+
+        Raises: ValueError when they are given to a model that takes none, or are missing where one needs them.
+        """
+        takes, name = "control" in self.transformer.takes, type(self.transformer).__name__
+        if control is not None and not takes:
+            raise ValueError(
+                f"this {name} takes no control images: leave control= out, or take a model that was trained with them "
+                f"(docs/control.md)"
+            )
+        if control is None and strength is not None and (not takes or strength != 0):
+            raise ValueError(f"control_strength={strength} without control images: give control=")
+        if control is None:
+            if takes and strength is None and not self.transformer.config.control_drop_rate:
+                kinds = ", ".join(self.transformer.controller.kinds) or "one kind"
+                raise ValueError(
+                    f"this {name} is steered by control images ({kinds}): give control=, or control_strength=0 to draw "
+                    f"without any, which it was not trained for"
+                )
+            return None
+        condition = ControlCondition(self.image_tokenizer.image_size, self.transformer.controller.kinds)
+        encoded = condition.encode(control=control, strength=1.0 if strength is None else strength, count=count)
+        return encoded.to(self._execution_device)
 
     def helpers(self) -> dict[str, Any]:
         """What the sampler is given besides the parts that every sampler takes."""

@@ -89,16 +89,19 @@ def plain_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trained_encoder(source: str) -> dict[str, Tensor]:
-    """Weights of a ViT under timm's names: of a file under these or transformers' names, or of timm's model so called.
+    """Weights of a ViT under timm's names: of a file under these or transformers' names, or of a model of timm.
 
     Raises: ConfigError when there is no such file or model.
     """
     if Path(source).is_file():
-        from varkit.checkpoints.controlar import encoder_from_official
         from varkit.checkpoints.files import read_state_dict
 
         state = read_state_dict(source)
-        return encoder_from_official(state) if "embeddings.cls_token" in state else state
+        if "embeddings.cls_token" not in state:
+            return state
+        from varkit.checkpoints.controlar import encoder_from_official
+
+        return encoder_from_official(state)
     import timm
 
     try:

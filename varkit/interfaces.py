@@ -217,6 +217,13 @@ class Tokenizer(ABC):
         """
         return torch.cat([torch.zeros_like(tokens[:, :1]), tokens[:, :-1]], 1)
 
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """The same network, with the same weights, for images of another grid of finest tokens (h, w).
+
+        Raises: ValueError where it cannot.
+        """
+        raise ValueError(f"{type(self).__name__} codes images of {self.image_size[0]}x{self.image_size[1]} alone")
+
     def running(self, batch: int) -> Running:
         """The step-by-step form of `embed`, for sampling."""
         factors = self.layout.codebook_size
@@ -316,6 +323,16 @@ class Generator(ABC):
         Raises: ValueError when this generator knows no other order than its own.
         """
         raise ValueError(f"{type(self).__name__} predicts its tokens in one order only; order= goes with RAR and alike")
+
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """The same network, with the same weights, for images of another grid of finest tokens (h, w).
+
+        Raises: ValueError where it cannot, and why.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has learned positions of its own grid {self.layout.grids[-1]} and draws this size "
+            f"alone; VAR, whose positions are interpolated, and LlamaGen, whose are computed, draw others"
+        )
 
     def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
         """The tokenizer whose tokens it predicts, around or instead of the one given; most take it as it is."""

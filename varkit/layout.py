@@ -92,3 +92,13 @@ class TokenLayout:
 def square_grids(scales: Sequence[int | Sequence[int]]) -> tuple[Grid, ...]:
     """A list of scales, each a side or an (h, w) pair, as grids: `[1, 2, (2, 3)]` -> `((1,1),(2,2),(2,3))`."""
     return tuple((int(s), int(s)) if isinstance(s, int) else tuple(int(v) for v in s) for s in scales)
+
+
+def grids_for(trained: Sequence[Grid], finest: tuple[int, int]) -> tuple[Grid, ...]:
+    """Scales for another finest grid (h, w): each side in the proportion of the finest ones, rounded, at least 1.
+
+    The first scale stays as it is. With about the trained area every scale then has about the trained number of tokens.
+    """
+    height, width = trained[-1]
+    scaled = [(max(1, round(h * finest[0] / height)), max(1, round(w * finest[1] / width))) for h, w in trained]
+    return (tuple(trained[0]), *scaled[1:]) if len(trained) > 1 else (finest,)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from varkit import __version__
+from varkit.commands import editing
 from varkit.commands.common import Device, Dtype, Json, numbers, open_pipeline, refusing, say
 from varkit.commands.features import features_of
 
@@ -80,6 +81,17 @@ def sample(
         int | None, typer.Option(min=0, help="Of a distilled model that has its teacher: what it draws anew from.")
     ] = None,
     more_smooth: Annotated[bool | None, typer.Option(help="Blend codes: smoother pictures, worse statistics.")] = None,
+    image: editing.ImageFile = None,
+    mask: editing.MaskFile = None,
+    box: editing.BoxText = None,
+    keep: editing.Keep = "outside",
+    extend: editing.Extend = None,
+    strength: editing.Strength = None,
+    threshold: editing.Threshold = None,
+    fit: editing.FitName = None,
+    paste_back: editing.PasteBack = False,
+    feather: editing.Feather = None,
+    size: editing.Size = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
     best_of: Annotated[
         int, typer.Option(min=1, help="Draw so many candidates of each image and keep the one --classifier likes best.")
@@ -116,9 +128,14 @@ def sample(
     pipeline = open_pipeline(name, device, dtype)
     if optimize:
         pipeline.optimize_decoding()
-    ids, draw = wanted(pipeline, name, classes, prompt, negative_prompt, features)
+    how_edited = {"box": box, "keep": keep, "extend": extend, "strength": strength, "threshold": threshold, "fit": fit}
+    edit = editing.EditCommand(pipeline, image, mask, {**how_edited, "paste_back": paste_back, "feather": feather})
+    sized = editing.size_of(size)
+    pipeline.at_size(**sized)  # refused before anything is announced
+    ids, draw = wanted(pipeline, name, classes, prompt, negative_prompt, features, edit.on)
     num = num or len(ids)
-    extra = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    extra |= sized
     first, last = head_steps_of(head_steps, head_steps_last)
     given = {
         "guidance_scale": guidance,
@@ -141,7 +158,7 @@ def sample(
     }
     chosen, took = pipeline.choose_sampler(sampler, min(batch_size, num)), list[dict[str, Any]]()
     settings = chosen.settings(**pipeline.check_settings({**given, "num_steps": steps}, chosen))
-    judged = Judged(pipeline, draw, ids, best_of, classifier, accept)
+    judged = Judged(pipeline, edit.instead_of(draw), ids, best_of, classifier, accept)
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}){judged.text}, {dtype} on {pipeline.device}"
@@ -150,13 +167,15 @@ def sample(
     given |= {"sampler": chosen, "num_inference_steps": steps}
     made = generate(judged, ids, num, seed, min(batch_size, num), took, **given, **extra)
     how = {"sampler": sampler} if sampler else {}
-    record = {"model": name, "seed": seed, "dtype": dtype, **how, **settings, **extra, **judged.record}
+    record = {"model": name, "seed": seed, "dtype": dtype, **how, **settings, **extra, **judged.record, **edit.record}
     record["version"] = __version__
     kind = ("prompt", "prompts") if prompt else ("features", "features") if features else ("class", "classes")
     files, labels = write(made, out, judged, record, kind, ids, num, zoom)
     seconds, drafts = time.perf_counter() - began, speculation(took)
     if as_json:
         result = {"files": [str(f) for f in files], kind[1]: labels, "seconds": seconds, "settings": record}
+        if notes := [stats["note"] for stats in took if "note" in stats]:
+            result["note"] = notes[0]
         typer.echo(json.dumps({**result, **drafts, **judged.found()}))
     else:
         what = out if out.suffix else f"{len(files)} images in {out}/"
@@ -172,8 +191,12 @@ def wanted(
     prompt: Sequence[str] | None,
     negative_prompt: str | None,
     features: Sequence[Path] | None,
+    editing: bool = False,
 ) -> tuple[list[Any], Callable[..., Any]]:
-    """What is to be drawn, classes or texts in turn, and who draws it. Raises ValueError where the model cannot."""
+    """What is to be drawn, classes or texts in turn, and who draws it. Raises ValueError where the model cannot.
+
+    Args: editing: an image is edited; without a class it is the null class, which leaves it to the surroundings.
+    """
     from varkit.conditioning.label import LabelCondition
 
     of_text = pipeline.transformer.condition == "text"
@@ -181,13 +204,16 @@ def wanted(
         raise ValueError(f"{name} draws from texts: give --prompt or --features, and no --class")
     if not of_text and (prompt or negative_prompt or features):
         raise ValueError(f"{name} draws from classes: give --class, and no --prompt, --negative-prompt or --features")
+    if features and editing:
+        raise ValueError("--image goes with --prompt; features are of whole images")
     if features:
         rows = features_of(features, list(prompt or ()))
         ids = list(prompt or rows)
         return ids, lambda asked, **more: pipeline(features=[rows[one] for one in asked], **more)
     if of_text:
         return list(prompt or ()), pipeline
-    names = classes.split(",") if classes else [str(i) for i in range(pipeline.transformer.num_classes)]
+    count = pipeline.transformer.num_classes
+    names = classes.split(",") if classes else [str(i) for i in ([count] if editing else range(count))]
     labels = pipeline.label_ids(names)
     LabelCondition(pipeline.transformer.num_classes).encode(class_labels=labels)
     return labels, pipeline

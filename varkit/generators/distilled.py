@@ -12,7 +12,7 @@ Shapes: B batch, L tokens, C channels of the codebook, W width, V codebook.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,12 @@ class Student(ABC):
             x: (B, L, C), vectors of data or noise.   class_labels: (B,).
             known: (B, L) or (1, L) bool: which of them are data.
         """
+
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """Raises ValueError: the map from noise to tokens was learned at one size."""
+        raise ValueError(
+            f"a distilled student draws {self.layout.grids[-1]} tokens alone, as it learned; ask its teacher"
+        )
 
     def known(self, t: int | Tensor) -> Tensor:
         """Which positions are data when the first t units are, (1, L); of t (B,) one row each."""

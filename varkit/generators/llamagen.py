@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,7 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
+from varkit.layers.share import sharing
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
@@ -284,6 +285,20 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
         """What is predicted everywhere at once, given true inputs: one pass. No condition is dropped."""
         return Categorical(self._run(inputs, cond, None))
+
+    # ---- other sizes --------------------------------------------------------------------------------------
+
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """The same weights with the rotary table of another grid. What a network was not trained on, it draws worse."""
+        if tuple(grid) == self.layout.grids[0]:
+            return self
+        made, config = sharing(self), self.config
+        made.layout = TokenLayout((tuple(grid),), self.layout.codebook_size, self.layout.dim)
+        rotary = Rotary(grid, config.hidden_size // config.num_heads, config.rope_base, self.prefix_length)
+        made.rotary = rotary.to(self.rotary.cos.device)
+        made.compiled = made._lent = None  # compiled for a cache of the own length
+        made.register_to_config(grid=tuple(grid))
+        return made
 
     # ---- sampling -----------------------------------------------------------------------------------------
 

@@ -261,6 +261,19 @@ class RAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     def in_order(self, name: str) -> list[Tensor]:
         return list(token_order(name, self.layout.grids[0]).to(self.raster.device).split(1))
 
+    def groups_around(self, keep: Tensor, rng: Rng, num_steps: int | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Known tokens come first, in raster order, so that all others see them; then these, in raster order too.
+
+        Raises: ValueError when images of a batch have different masks: the order is one for all.
+        """
+        if num_steps not in (None, self.layout.length) or (keep != keep[:1]).any():
+            raise ValueError(
+                "RAR decides one token a step, in one order for all images: draw images with other masks in another "
+                "call, and leave num_steps out"
+            )
+        kept, order = keep[0].to(self.raster.device), self.raster[0]
+        return order[kept].expand(len(keep), -1), list(order[~kept][:, None])
+
     def start(self, cond: Cond, null: Cond | None = None) -> RARState:
         vector = self.embed_classes(cond.beside(null).labels)  # R C, R = B or 2 B
         cache = self.new_cache(

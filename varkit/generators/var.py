@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import KVCache
 from varkit.layers.drop_path import DropPath
-from varkit.layout import TokenLayout, square_grids
+from varkit.layers.share import sharing
+from varkit.layout import TokenLayout, grids_for, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.multiscale_vq import SCALES_256, SCALES_512
@@ -375,6 +376,29 @@ class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
         """What is predicted everywhere at once, given true inputs: one pass. No label is dropped."""
         return Categorical(self(inputs, cond.labels, None, cond.control, cond.control_weight))
+
+    # ---- other sizes --------------------------------------------------------------------------------------
+
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """The same weights at other scales: those of `grids_for`, the position embedding of each one interpolated
+        (bicubic). The network was not trained so."""
+        own, grids = self.layout, grids_for(self.layout.grids, grid)
+        if grids == own.grids:
+            return self
+        made = sharing(self)
+        made.layout = TokenLayout(grids, own.codebook_size, own.dim)
+        tables = []
+        for table, old, new in zip(own.split(self.pos_1LC.detach()), own.grids, grids, strict=True):
+            if new != old:
+                maps = table.transpose(1, 2).unflatten(2, old).float()  # 1 C h w
+                maps = F.interpolate(maps, size=new, mode="bicubic", align_corners=False)
+                table = maps.flatten(2).transpose(1, 2).to(table)
+            tables.append(table)
+        made.pos_1LC = nn.Parameter(torch.cat(tables, 1), requires_grad=False)
+        levels = torch.arange(len(grids), device=self.levels.device)
+        made.levels = levels.repeat_interleave(torch.tensor(made.layout.sizes, device=levels.device))
+        made.register_to_config(scales=grids)
+        return made
 
     # ---- sampling -----------------------------------------------------------------------------------------
 

@@ -83,8 +83,14 @@ class Flow(Predictive):
         dim: C.
         pair: both branches in one call; needed for guidance.
         branches: of a guided flow, what `velocity` asks for both branches.
-    Attributes: calls: how often the last `sample` asked the network.
+    Attributes:
+        calls: how often the last `sample` asked the network.
+        known: latents (B, n, C) and where they are known, (B, n) bool. At these the network is shown the known latent
+            with as much noise as the time says, so that what is drawn beside it fits; what `sample` gives there is
+            not used. (As in RePaint, Lugmayr et al., arXiv 2201.09865, without going back in time.)
     """
+
+    known: tuple[Tensor, Tensor] | None = None
 
     def __init__(
         self, velocity: Velocity, dim: int, pair: Pair | None = None, branches: EveryKth | None = None
@@ -146,6 +152,9 @@ class Flow(Predictive):
             if self.branches is not None:
                 self.branches.step = self.calls // calls_a_step
             self.calls += 1
+            if self.known is not None:
+                given, keep = self.known
+                x = torch.where(keep[..., None], add_noise(given.to(x), noise.to(x), t), x)
             return self.velocity(x, t)
 
         noise = rng.normal(positions, Draw.NOISE, step=step, count=self.dim)  # B n C

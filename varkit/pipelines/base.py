@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +22,7 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator
 from varkit.layers.packed import can_pack, pack_linears
 from varkit.pipelines.auto import SAMPLERS, open_transformer
-from varkit.pipelines.edit import Box, box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
+from varkit.pipelines.editing import Editing
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known
 from varkit.samplers.speculative.sampler import SpeculativeSampler, named_sampler
@@ -47,7 +48,7 @@ class ImageOutput(BaseOutput):
     chosen: list[int] | None = None
 
 
-class ImagePipeline(HubMixin, DiffusionPipeline):
+class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
     """Parts `transformer`, `image_tokenizer` and `sampler`, and the call that a condition leads to."""
 
     @classmethod
@@ -162,12 +163,14 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
     ) -> tuple[Any, dict[str, Any]]:
         """One image a row of `cond`, as `output_type` says, and what it took.
 
-        Args: settings: of the sampler; None is its own default. `sampler`: one to use instead, or its name.
+        Args: settings: of the sampler; None is its own default. `sampler`: one to use instead, or its name; `height`
+            and `width`: see `at_size`.
         Raises: ValueError on a setting that this sampler does not know.
         """
+        part = self.at_size(settings.pop("height", None), settings.pop("width", None))
         sampler = self.choose_sampler(settings.pop("sampler", None), len(cond))
         given = self.check_settings(settings, sampler)
-        bar = self.progress_bar(total=sampler.count_steps(self.transformer, known=known, **given))
+        bar = self.progress_bar(total=sampler.count_steps(part.transformer, known=known, **given))
 
         def on_step(info: Any) -> None:
             bar.update()
@@ -181,8 +184,8 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
 
         with bar:
             out = sampler.generate(
-                self.image_tokenizer,
-                self.transformer,
+                part.image_tokenizer,
+                part.transformer,
                 cond,
                 rng,
                 null=null,
@@ -191,7 +194,7 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
                 **self.helpers(),
                 **given,
             )
-        images = out.tokens if output_type == "latent" else self.to_images(out.tokens, output_type, rng)
+        images = out.tokens if output_type == "latent" else part.to_images(out.tokens, output_type, rng)
         counts = {k: v for k, v in vars(out).items() if k != "tokens"}  # steps, network_calls, seconds, ...
         return images, counts
 
@@ -202,31 +205,48 @@ class ImagePipeline(HubMixin, DiffusionPipeline):
         """
         return as_output(self.image_tokenizer.decode(tokens, rng).float().mul(0.5).add(0.5), output_type)
 
-    def known_part(
-        self,
-        image: Image.Image | Tensor | Sequence[Image.Image],
-        mask: Image.Image | Tensor | None,
-        box: Box | None,
-        keep: str,
-    ) -> Known:
-        """The tokens of images, and which of them an edit keeps; see `edit` of a pipeline.
+    def at_size(self, height: int | None = None, width: int | None = None) -> Self:
+        """This pipeline for images of another size, with the same weights; itself at its own size.
 
-        Raises: ValueError unless exactly one of mask and box is given.
+        Raises: ValueError on a size that tokens do not divide, one too far from the model's, or a model that cannot.
         """
-        if (mask is None) == (box is None):
-            raise ValueError("give exactly one of mask= and box=")
-        tokenizer = self.image_tokenizer
-        grid = tokenizer.layout.grids[-1]
-        if len(grid) != 2:
-            raise ValueError(
-                f"the {tokenizer.layout.length} tokens of this model have no places in the image (grid {grid}), so no "
-                f"part of it can be kept; edit with a model whose tokens form a grid (h, w)"
-            )
-        pixels = image_to_tensor(image, tokenizer.image_size).to(self._execution_device)
-        kept = box_mask(grid, box, keep) if box is not None else 1 - mask_to_tensor(mask, grid)
-        with torch.no_grad():
-            given = tokenizer.encode(pixels)
-        return given, keep_pyramid(tokenizer.layout, kept).to(pixels.device)
+        native, grid = self.image_tokenizer.image_size, self.image_tokenizer.layout.grids[-1]
+        size = (native[0] if height is None else height, native[1] if width is None else width)
+        if size == native:
+            return self
+        wanted = check_size(size, native, grid, type(self.transformer).__name__)
+        parts = {n: getattr(self, n).resized(wanted) for n in ("transformer", "image_tokenizer")}
+        made = copy.copy(self)
+        for name, part in parts.items():
+            setattr(made, name, part)
+        return made
+
+
+MOST_AREA = 4
+"""How many times more, or fewer, tokens than trained on may be drawn."""
+
+
+def check_size(size: tuple[int, int], native: tuple[int, int], grid: tuple[int, ...], name: str) -> tuple[int, int]:
+    """The token grid (h, w) of images (height, width). Raises ValueError, see `ImagePipeline.at_size`."""
+    if len(grid) != 2:
+        raise ValueError(
+            f"the tokens of {name} have no places in the image (grid {grid}): it draws {native[0]}x{native[1]} alone"
+        )
+    patch = (native[0] // grid[0], native[1] // grid[1])
+    if min(size) < 1 or size[0] % patch[0] or size[1] % patch[1]:
+        near = [max(p, round(s / p) * p) for s, p in zip(size, patch, strict=True)]
+        raise ValueError(
+            f"height and width must be multiples of {patch[0]} and {patch[1]}, what a token covers; got "
+            f"{size[0]}x{size[1]}, nearest is {near[0]}x{near[1]}"
+        )
+    wanted = (size[0] // patch[0], size[1] // patch[1])
+    tokens, own = wanted[0] * wanted[1], grid[0] * grid[1]
+    if not own <= tokens * MOST_AREA <= own * MOST_AREA**2:
+        raise ValueError(
+            f"{size[0]}x{size[1]} are {tokens} tokens; {name} was trained on {own}, and draws {own // MOST_AREA} to "
+            f"{own * MOST_AREA}"
+        )
+    return wanted
 
 
 def as_output(images: Tensor, output_type: str) -> Any:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from varkit.conditioning.control import Controls, Strength
@@ -18,6 +17,7 @@ from varkit.interfaces import Cond
 from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, as_output, make_rng
 from varkit.pipelines.best_of import BestOf, Choice
 from varkit.pipelines.edit import Box
+from varkit.pipelines.editing import Images, Masks
 from varkit.rng import Draw, Rng
 from varkit.samplers.next_group import Known
 
@@ -104,7 +104,8 @@ class ClassToImagePipeline(ImagePipeline):
             temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
             num_inference_steps: the sampler's `num_steps`.
             sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth;
-                and `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md).
+                `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md); `height` and
+                `width`, where the model can draw other sizes (docs/editing.md, "Other sizes").
             best_of, classifier, accept: draw so many candidates of each image and keep the one that the classifier is
                 surest of; see `BestOf`. `stats` then holds sums over the candidates.
             known: tokens to keep; see `edit`.
@@ -175,6 +176,8 @@ class ClassToImagePipeline(ImagePipeline):
         **settings: Any,
     ) -> tuple[Any, Choice]:
         """As `draw`, the chosen one of several candidates for each row, and what they scored and took."""
+        if self.at_size(settings.pop("height", None), settings.pop("width", None)) is not self:
+            raise ValueError("a classifier looks at images of the model's own size: leave height= and width= out")
 
         def one(rows: Tensor, numbers: Rng) -> tuple[Tensor, dict[str, Any]]:
             some = known
@@ -189,33 +192,37 @@ class ClassToImagePipeline(ImagePipeline):
 
     def edit(
         self,
-        image: Image.Image | Tensor | Sequence[Image.Image],
-        mask: Image.Image | Tensor | None = None,
+        image: Images,
+        mask: Masks | None = None,
         box: Box | None = None,
         keep: str = "outside",
         class_labels: Sequence[int | str] | int | str | None = None,
         **settings: Any,
     ) -> ImageOutput | tuple[Any]:
-        """Redraw a part of an image: in-painting, out-painting, or editing towards a class.
+        """Redraw a part of an image: in-painting, out-painting, variations, edits towards a class (docs/editing.md).
 
         The tokens of the kept part are fed to the generator at every scale; pixels near the border may
-        change slightly, as in the paper's zero-shot editing (section 5.2).
+        change slightly, as in the paper's zero-shot editing (section 5.2). `paste_back=True` keeps them as they were.
 
         Args:
-            image: PIL image(s), resized to the model's size, or (B, 3, H, W) in [-1, 1].
-            mask: white (or 1) is redrawn; any size.   box: (top, left, bottom, right) in [0, 1].
-                Exactly one of the two.
+            image: PIL image(s) of any size and mode, or (B, 3, H, W) in [-1, 1] of the model's size.
+            mask: white (or 1) is redrawn; any size, stretched over the image; one for all, or one an image.
+            box: (top, left, bottom, right) in [0, 1] of the image. At most one of the two.
             keep: with a box: "outside" redraws the box, "inside" redraws everything else.
             class_labels: what to draw; None leaves it to the surroundings (the null class).
-            settings: any argument of `__call__` but `known`.
+            settings: any argument of `__call__` but `known`; and those of `EditOptions`: extend, strength, threshold,
+                fit, paste_back, feather, height, width.
+        Returns: as `__call__`. Where all is marked, images as without `known`; where nothing is, the image through the
+            tokenizer, or with paste_back as it was. `stats["note"]` says so.
         Raises: ValueError on a bad argument, before any work.
         """
-        given, pyramid = self.known_part(image, mask, box, keep)
+        plan = self.plan_edit(image, mask, box, keep, settings)
+        count = len(plan.images)
         if class_labels is None:
-            class_labels = [self.transformer.num_classes] * len(given)
+            class_labels = [self.transformer.num_classes] * count
         elif isinstance(class_labels, int | str):
-            class_labels = [class_labels] * len(given)
-        per = settings.get("num_images_per_prompt", 1)
-        if len(class_labels) != len(given):
-            raise ValueError(f"{len(given)} images but {len(class_labels)} class labels; give one each")
-        return self(class_labels, known=(given.repeat_interleave(per, 0), pyramid), **settings)
+            class_labels = [class_labels] * count
+        if len(class_labels) != count:
+            raise ValueError(f"{count} images but {len(class_labels)} class labels; give one each")
+        about = {"class_labels": self.label_ids(class_labels)}
+        return self.carry_out(plan, lambda **more: self(class_labels, **more), settings, about)

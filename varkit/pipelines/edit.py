@@ -5,15 +5,16 @@ Source: FoundationVision/VAR: demo_zero_shot_edit.ipynb (78b9539).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from varkit.layout import TokenLayout
+from varkit.pipelines.canvas import mask_values, on_canvas, place, read_image
 
 Box = tuple[float, float, float, float]
 """Top, left, bottom, right as fractions of the image, in [0, 1]."""
@@ -34,21 +35,43 @@ def box_mask(grid: Sequence[int], box: Box, keep: str = "outside") -> Tensor:
     return inside if keep == "inside" else 1 - inside
 
 
-def keep_pyramid(layout: TokenLayout, keep: Tensor) -> Tensor:
+def keep_pyramid(layout: TokenLayout, keep: Tensor, threshold: float = 0.5) -> Tensor:
     """(h, w) of the finest scale, 1 where tokens stay -> (L,) bool for all scales.
 
-    A scale's token stays where the mask, resized to it, exceeds one half; scales of at most three tokens
-    stay whole, so that an edit keeps the picture's overall tone.
+    A scale's token stays where the mask, resized to it, exceeds 1 - threshold: where less than the share `threshold` of
+    it is to be redrawn. Of several scales, those of at most three tokens stay whole, so that an edit keeps the
+    picture's overall tone.
     """
     masks = []
     for grid, size in zip(layout.grids, layout.sizes, strict=True):
         resized = F.interpolate(keep[None, None].float(), size=grid, mode="bilinear", align_corners=False)
-        masks.append((resized > 0.5).flatten() | (size <= 3))
+        masks.append((resized > 1 - threshold).flatten() | (size <= 3 and len(layout.grids) > 1))
     return torch.cat(masks)
 
 
+def keep_coarse(layout: TokenLayout, strength: float, ordered: bool) -> Tensor:
+    """(L,) bool: the coarse scales, or first tokens, that stay in a variation of a whole image.
+
+    Args:
+        strength: the share of scales, or of tokens, that is drawn anew: 1 is all, 0 none.
+        ordered: whether the tokens are ordered from coarse to fine, as those of FlexTok.
+    Raises: ValueError on a strength outside [0, 1], or tokens none of which are coarse.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be in [0, 1], the share of scales that is drawn anew; got {strength}")
+    units = layout.sizes if len(layout.grids) > 1 else (1,) * layout.length
+    if len(layout.grids) == 1 and not ordered:
+        raise ValueError(
+            f"strength= keeps coarse scales and draws finer ones anew, but the {layout.length} tokens of this model "
+            f"are all equally fine; give mask= or box=, or take a model of scales (VAR, FlowAR) or of ordered tokens "
+            f"(FlexTok)"
+        )
+    kept = len(units) - math.ceil(strength * len(units) - 1e-9)
+    return torch.arange(layout.length) < sum(units[:kept])
+
+
 def image_to_tensor(image: Image.Image | Tensor | Sequence[Image.Image], size: tuple[int, int]) -> Tensor:
-    """PIL images (resized to `size`, Lanczos) or a tensor (B, 3, H, W) in [-1, 1] -> such a tensor.
+    """PIL images of any mode (resized to `size`, Lanczos) or a tensor (B, 3, H, W) in [-1, 1] -> such a tensor.
 
     Raises: ValueError on a tensor of another size or range, TypeError on anything else.
     """
@@ -59,22 +82,17 @@ def image_to_tensor(image: Image.Image | Tensor | Sequence[Image.Image], size: t
             raise ValueError(f"an image tensor must lie in [-1, 1]; got [{image.min():.3g}, {image.max():.3g}]")
         return image.float()
     images = [image] if isinstance(image, Image.Image) else list(image)
-    if not images or not all(isinstance(i, Image.Image) for i in images):
-        raise TypeError("image must be a PIL image, a non-empty list of them, or a tensor (B, 3, H, W) in [-1, 1]")
-    arrays = [
-        np.asarray(i.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS), np.float32) for i in images
-    ]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).div(127.5).sub(1)
+    if not images:
+        read_image(None)  # raises
+    read = [read_image(one) for one in images]
+    return torch.stack([on_canvas(one, place((one.height, one.width), size, "stretch"), size) for one in read])
 
 
 def mask_to_tensor(mask: Image.Image | Tensor | None, grid: Sequence[int]) -> Tensor:
     """A mask, white or 1 where the image is redrawn, -> (h, w) float32 in [0, 1] at the token grid."""
-    if isinstance(mask, Tensor):
-        values = mask.float().reshape(1, 1, *mask.shape[-2:])
-    elif isinstance(mask, Image.Image):
-        values = torch.from_numpy(np.asarray(mask.convert("L"), np.float32) / 255)[None, None]
-    else:
-        raise TypeError(f"mask must be a PIL image or a tensor; got {type(mask).__name__}")
-    if values.min() < 0 or values.max() > 1:
-        raise ValueError(f"a mask must lie in [0, 1]; got [{values.min():.3g}, {values.max():.3g}]")
-    return F.interpolate(values, size=tuple(grid), mode="area")[0, 0]
+    return to_grid(mask_values(mask), grid)  # type: ignore[arg-type]
+
+
+def to_grid(values: Tensor, grid: Sequence[int]) -> Tensor:
+    """(H, W) -> (h, w): the mean of what each token covers."""
+    return F.interpolate(values[None, None], size=tuple(grid), mode="area")[0, 0]

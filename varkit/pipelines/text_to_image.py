@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from varkit.conditioning.text import T5, TextCondition
 from varkit.interfaces import Cond
 from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, make_rng
 from varkit.pipelines.edit import Box
+from varkit.pipelines.editing import Images, Masks
 from varkit.rng import Rng
 from varkit.samplers.next_group import Known
 
@@ -124,7 +124,8 @@ class TextToImagePipeline(ImagePipeline):
             temperature, top_k, top_p, min_p, guidance_schedule: see `NextGroupSampler`.
             num_inference_steps: the sampler's `num_steps`.
             sampling: further settings of this model's sampler, such as guidance_interval, num_tokens or more_smooth;
-                and `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md).
+                `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md); `height` and
+                `width`, where the model can draw other sizes (docs/editing.md, "Other sizes").
             known: tokens to keep; see `edit`.
             output_type, callback_on_step_end: as in `ClassToImagePipeline`.
         Raises: ValueError on a bad argument, before any work.
@@ -168,8 +169,8 @@ class TextToImagePipeline(ImagePipeline):
 
     def edit(
         self,
-        image: Image.Image | Tensor | Sequence[Image.Image],
-        mask: Image.Image | Tensor | None = None,
+        image: Images,
+        mask: Masks | None = None,
         box: Box | None = None,
         keep: str = "outside",
         prompt: Prompt | None = None,
@@ -180,14 +181,12 @@ class TextToImagePipeline(ImagePipeline):
         Args: prompt: what to draw, one for all images or one each; None leaves it to the surroundings.
         Raises: ValueError on a bad argument, before any work.
         """
-        given, kept = self.known_part(image, mask, box, keep)
-        per = settings.get("num_images_per_prompt", 1)
+        plan = self.plan_edit(image, mask, box, keep, settings)
+        images = len(plan.images)
         prompts = [prompt] if isinstance(prompt, str) else prompt
         if prompts is not None and len(prompts) == 1:
-            prompts = [*prompts] * len(given)
+            prompts = [*prompts] * images
         count = 1 if prompts is None else len(prompts)
-        if count != len(given):
-            raise ValueError(
-                f"{len(given)} images but {count} prompts; give one each, and one image where there is none"
-            )
-        return self(prompts, known=(given.repeat_interleave(per, 0), kept), **settings)
+        if count != images:
+            raise ValueError(f"{images} images but {count} prompts; give one each, and one image where there is none")
+        return self.carry_out(plan, lambda **more: self(prompts, **more), settings, {"prompts": prompts})

@@ -177,6 +177,8 @@ class ContinuousSampler(SchedulerMixin, ConfigMixin):
             if w != 1:
                 more = {"interval": settings["guidance_times"], "every": settings["guidance_every"]}
                 predictive = predictive.guide(strength, **{k: v for k, v in more.items() if v not in (None, 1)})
+            if known is not None and isinstance(predictive, Flow):
+                predictive.known = take(known[0], positions), take(known[1].expand(batch, length), positions)
             if isinstance(head_steps, int):
                 head_steps = steps_of(step, len(groups), head_steps, settings["head_steps_last"])
             options = {"solver": settings["solver"]} if settings["solver"] is not None else {}

@@ -119,9 +119,23 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
             groups = transformer.in_order(settings["order"])
         return first_groups(groups, settings["num_tokens"])
 
-    def count_steps(self, transformer: Generator, **changes: Any) -> int:
+    def groups_around(
+        self, transformer: Generator, known: Known | None, rng: Rng, **changes: Any
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Positions (k,) of known tokens that are read before the first group, and the groups.
+
+        There are such positions where a generator can take any order, no order is asked for, and the mask is one for
+        all images, (L,).
+        """
+        settings = self.settings(**changes)
+        if known is None or known[1].dim() > 1 or settings["order"] is not None or settings["num_tokens"] is not None:
+            return torch.empty(0, dtype=torch.int64), self.groups(transformer, **changes)
+        before, groups = transformer.groups_around(known[1][None], rng[:1], settings["num_steps"])
+        return before[0], groups
+
+    def count_steps(self, transformer: Generator, known: Known | None = None, **changes: Any) -> int:
         """How many steps `generate` will take."""
-        return len(self.groups(transformer, **changes))
+        return len(self.groups_around(transformer, known, Rng.from_seed(0, 1), **changes)[1])
 
     @torch.no_grad()
     def generate(
@@ -140,7 +154,7 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
 
         Args:
             null: the unconditional branch; needed unless guidance_scale is 1.
-            known: tokens to keep: the hook of in-painting, out-painting and editing.
+            known: tokens to keep: the hook of in-painting, out-painting and editing; see `groups_around`.
             on_step: called after each group.
             draw: how ids are drawn; None is by one uniform number each.
             changes: settings to use instead of the configured ones.
@@ -154,27 +168,36 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
         first, last = guidance_interval(settings["guidance_interval"]) or (0, transformer.layout.length)
         if w != 1 and null is None:
             raise ValueError(f"guidance_scale {w:g} needs the unconditional branch (null=)")
-        groups = self.groups(transformer, **settings)
+        before, groups = self.groups_around(transformer, known, rng, **settings)
         size = transformer.layout.codebook_size
         if settings["more_smooth"] and isinstance(size, tuple):
             raise ValueError(
                 "more_smooth hands on mixtures of codes, but this model's codes are factorised: leave it off"
             )
         # One draw for all positions: a number depends on its position, not on when it is asked for.
-        every = torch.arange(transformer.layout.length, device=groups[0].device)
+        every = torch.arange(transformer.layout.length, device=(groups[0] if groups else before).device)
         uniform = rng.uniform(every, Draw.TOKEN, count=len(size) if isinstance(size, tuple) else None)  # B L, B L G
         began = time.perf_counter()
         state = transformer.start(cond, null if w != 1 else None)
         running: Running = tokenizer.running(len(cond))
-        if settings["order"] is not None:
+        if settings["order"] is not None or before.numel():
             factors = (len(size),) if isinstance(size, tuple) else ()
-            running = PreviousToken((len(cond), len(every), *factors), every.device, torch.cat(groups))
-        total, count, decided = sum(len(g) for g in groups), 0, torch.empty(0)
+            running = PreviousToken((len(cond), len(every), *factors), every.device, torch.cat([before, *groups]))
+        total, count, decided = len(before) + sum(len(g) for g in groups), len(before), torch.empty(0)
+        if known is not None and count:
+            given = known[0][:, before]
+            running.record(given, before)
+            transformer.predict(state, running.inputs(before), before)  # what it says is not used: keys are written
+            transformer.append(state, given, before)
+            decided = given.new_empty(len(given), total, *given.shape[2:])
+            decided[:, :count] = given
+        passed = count
         for step, positions in enumerate(groups):
             predictive = transformer.predict(state, running.inputs(positions), positions)
             assert isinstance(predictive, Categorical)
             if w != 1:
-                scale = schedule(w, step, len(groups) - 1) if first <= step <= last else 1.0
+                turn = step + passed  # one token a step where known ones come first
+                scale = schedule(w, turn, len(groups) + passed - 1) if first <= turn <= last else 1.0
                 predictive = predictive.guide(scale)
             filtered = predictive.process(processors)
             if draw is None:
@@ -183,21 +206,22 @@ class NextGroupSampler(SchedulerMixin, ConfigMixin):
                 predicted = draw(filtered, positions)
             tokens = predicted
             if settings["more_smooth"]:
-                progress = step / max(len(groups) - 1, 1)
+                progress = (step + passed) / max(len(groups) + passed - 1, 1)
                 noise = rng.gumbel(positions, Draw.GUMBEL, count=filtered.logits.shape[-1])
                 tokens = mixture(filtered.logits, noise, progress) @ tokenizer.codebook
             if known is not None:
                 tokens = keep_known(tokens, known, positions, tokenizer)
             transformer.append(state, tokens, positions)
             running.record(tokens, positions)
-            if step == 0:
+            if count == 0:
                 decided = tokens.new_empty(len(tokens), total, *tokens.shape[2:])
             decided[:, count : count + len(positions)] = tokens
             count += len(positions)
             if on_step is not None:
                 on_step(StepInfo(step, len(groups), positions, predicted, decided[:, :count], predictive.logits))
-        in_layout_order = decided[:, torch.cat(groups).argsort()]
-        return SamplerOutput(in_layout_order, len(groups), len(groups), time.perf_counter() - began)
+        in_layout_order = decided[:, torch.cat([before, *groups]).argsort()]
+        calls = len(groups) + bool(passed)
+        return SamplerOutput(in_layout_order, len(groups), calls, time.perf_counter() - began)
 
 
 def first_groups(groups: list[Tensor], num_tokens: int | None) -> list[Tensor]:

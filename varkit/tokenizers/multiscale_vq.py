@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Tokenizer
 from varkit.layers.code_usage import CodeUsage
 from varkit.layers.conv_autoencoder import ConvDecoder, ConvEncoder
-from varkit.layout import Grid, TokenLayout, square_grids
+from varkit.layers.share import sharing
+from varkit.layout import Grid, TokenLayout, grids_for, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
 
@@ -398,6 +399,18 @@ class MultiScaleVQ(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
 
     def running(self, batch: int) -> RunningSum:
         return RunningSum(self.quantize, batch)
+
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """The same weights at the scales of `grids_for`."""
+        grids = grids_for(self.grids, grid)
+        if grids == self.grids:
+            return self
+        made = sharing(self)
+        made.layout = TokenLayout(grids, self.layout.codebook_size, self.layout.dim)
+        made.quantize = sharing(self.quantize)
+        made.quantize.grids = grids
+        made.register_to_config(scales=grids)
+        return made
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Training: images -> (reconstruction, not clamped; what the quantiser did)."""

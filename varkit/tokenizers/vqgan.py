@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from varkit.hub import HubMixin
 from varkit.interfaces import Tokenizer
 from varkit.layers.code_usage import CodeUsage
 from varkit.layers.conv_autoencoder import ConvDecoder, ConvEncoder
+from varkit.layers.share import sharing
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
@@ -259,6 +260,15 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
 
     def vectors(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.codebook)
+
+    def resized(self, grid: tuple[int, int]) -> Self:
+        """The same weights at another grid."""
+        if tuple(grid) == self.layout.grids[0]:
+            return self
+        made = sharing(self)
+        made.layout = TokenLayout((tuple(grid),), self.layout.codebook_size, self.layout.dim)
+        made.register_to_config(grid=tuple(grid))
+        return made
 
     def decode_features(self, latents: Tensor) -> Tensor:
         """Quantised (B, C, h, w) -> images (B, 3, H, W), not clamped."""

@@ -186,7 +186,8 @@ class SpeculativeSampler(NextGroupSampler, SchedulerMixin):  # named here too: d
             raise ValueError("speculative decoding draws by its verifier: draw= goes with NextGroupSampler")
         transformer.layout.require(tokenizer.layout, "the generator", "the tokenizer")
         check_target(transformer)
-        groups = self.groups(transformer, **settings)
+        before, groups = self.groups_around(transformer, known, rng, **settings)
+        groups = [*before.split(1), *groups] if before.numel() else groups
         drafter, verifier = self.new_drafter(), self.verifier_for(tokenizer)
         began = time.perf_counter()
         target = self.target(transformer, cond, null, settings, groups)

@@ -90,10 +90,6 @@ class Cond:
         pairs = zip(self._parts, other._parts, strict=True)
         return Cond(*[b if a is None else a for a, b in pairs])
 
-    def without_control(self) -> Cond:
-        """The class or the text alone. Raises ValueError when there is neither."""
-        return Cond(self.vector, self.sequence, self.mask)
-
     def _faded(self, like: Cond) -> Cond:
         """With control images as those of `like`, of weight 0, where it has none and `like` has some."""
         if self.control is not None or like.control is None or like.control_weight is None:

@@ -217,7 +217,7 @@ def _is_it(key: str) -> Callable[[Mapping[str, Tensor]], bool]:
     return lambda state: SIGN in state and key in state
 
 
-_RELEASE = Release("hustvl/ControlAR", "arXiv 2410.02705", "Apache-2.0 (hustvl/ControlAR)", "apache-2.0")
+_RELEASE = Release("hustvl/ControlAR", "arXiv 2410.02705", "not stated with the files (hustvl/ControlAR)", "other")
 for _condition, _key in (("class", llamagen.CLASS_KEY), ("text", llamagen.TEXT_KEY)):
     register_format(
         OfficialFormat(

@@ -148,6 +148,8 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             "cond_drop_rate",
             "control_drop_rate",
             "official_quirks",
+            "grid",
+            "rope_grid",
         }
     )
     """These three: see `varkit.training.finetune.Tunable`."""
@@ -363,7 +365,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         most = math.prod(self.config.rope_grid)
         if grid[0] * grid[1] > most:
             raise ValueError(
-                f"{grid[0]}x{grid[1]} are {grid[0] * grid[1]} tokens; this model draws at most {most}, whatever the sides"
+                f"{grid[0]}x{grid[1]} are {grid[0] * grid[1]} tokens; this model draws at most {most}, of any sides"
             )
         made = sharing(self)
         made.layout = TokenLayout((tuple(grid),), self.layout.codebook_size, self.layout.dim)
@@ -577,17 +579,16 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
                 "depth": 36,
                 "hidden_size": 1280,
                 "num_heads": 20,
-                "grid": 48 if places else 32,
                 "rope_grid": places,
                 "control": {"encoder": f"dinov2-{encoder}"},
             },
             "vq_ds16",
-            f"ControlAR: LlamaGen-XL from text and control images, DINOv2-{encoder}, {what}",
+            f"ControlAR: LlamaGen-XL from text and control images, DINOv2-{encoder}; {what}",
         )
         for tag, encoder, places, what in (
-            ("", "small", None, "512x512"),
-            ("_mr", "small", (48, 48), "sides of any multiples of 16 px up to the area of 768x768"),
-            ("_base", "base", None, "512x512"),
+            ("", "small", None, "released at 512x512"),
+            ("_mr", "small", (48, 48), "released for any sides up to the area of 768x768"),
+            ("_base", "base", None, "released at 512x512"),
         )
     },
     "llamagen_fashion": (
@@ -675,7 +676,7 @@ for _file, _builder_name, _kinds, _resize in (
             name=f"{_builder_name}.{_file.lower()}",
             repo_id="wondervictor/ControlAR",
             filename=f"{_file}.safetensors",
-            licence="Apache-2.0",
+            licence="not stated with the files",
             paper="arXiv 2410.02705",
             resolution=768 if _large else 512,
             official_score="none that we could check against its source",

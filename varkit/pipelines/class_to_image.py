@@ -124,7 +124,11 @@ class ClassToImagePipeline(ImagePipeline):
         if labels is not None and len(labels) == 0:
             raise ValueError("class_labels is empty; give at least one class, or None for a random one")
         one_class = not isinstance(class_labels, Sequence) or isinstance(class_labels, str)
-        steered = self.encode_control(control, control_strength, None if one_class else len(labels or ()))
+        size = {name: sampling.get(name) for name in ("height", "width")}
+        if control is not None and "control" in self.transformer.takes:
+            size = self.size_for(control, **size)
+            sampling |= size
+        steered = self.encode_control(control, control_strength, None if one_class else len(labels or ()), **size)
         if steered is not None and one_class:
             labels = labels and [*labels] * len(steered)
         rows = 1 if labels is None else len(labels)

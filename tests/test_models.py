@@ -183,8 +183,8 @@ def other_codebook(entry: Any) -> dict[str, Any]:
 
 
 def classes(model: Any, batch: int) -> Cond:
-    """What the model is conditioned on: classes in turn, or texts of all lengths, padded on the left; and control images
-    of several strengths, one of them 0, where it takes them."""
+    """What the model is conditioned on: classes in turn, or texts of all lengths, padded on the left; and where it is
+    steered by them, control images, some of strength 0."""
     if model.condition == "text":
         length = model.config.text_length
         words = torch.randn(batch, length, model.config.text_dim, generator=torch.Generator().manual_seed(2))

@@ -110,7 +110,7 @@ class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
     def size_for(self, control: Controls, height: int | None, width: int | None) -> dict[str, int]:
         """Height and width of what is drawn from control images.
 
-        Models of any size (ControlAR's) draw that of the first image unless told otherwise, and round sides up to what a
+        Models of any size (ControlAR's) draw that of the first image unless told otherwise, sides rounded up to what a
         token covers; others draw their own.
         Raises: ValueError when there are too many tokens.
         """

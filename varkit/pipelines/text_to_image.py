@@ -145,23 +145,22 @@ class TextToImagePipeline(ImagePipeline):
             sampling |= self.size_for(control, sampling.get("height"), sampling.get("width"))
         one = unconditional or isinstance(prompt, str)
         size = {name: sampling.get(name) for name in ("height", "width")}
-        count = None if one or prompt is None else len(prompt)
-        steered = self.encode_control(control, control_strength, count, **size)
-        cond = self.no_prompt() if unconditional else self.encode_prompt(prompt, features, features_mask)
-        if steered is not None:
-            if len(cond) == 1 and one:  # for each of the control images
-                cond = cond[torch.zeros(len(steered), dtype=torch.int64, device=self._execution_device)]
-            if len(steered) not in (1, len(cond)):
-                raise ValueError(f"{len(steered)} control images for {len(cond)} captions; give one, or one a caption")
+        cond = self.no_prompt() if unconditional else None
+        if features is not None:
+            cond = self.encode_prompt(None, features, features_mask)
+        captions = None if one else len(prompt) if cond is None else len(cond)  # type: ignore[arg-type]
+        steered = self.encode_control(control, control_strength, captions, **size)
+        if cond is None:
+            cond = self.encode_prompt(prompt)
+        if steered is not None and one:  # for each of the control images
+            cond = cond[torch.zeros(len(steered), dtype=torch.int64, device=self._execution_device)]
         null = self.transformer.null(cond)
         if negative_prompt is not None:
             null = self.encode_prompt(negative_prompt)
             if len(null) not in (1, len(cond)):
                 raise ValueError(f"{len(null)} negative prompts for {len(cond)} prompts; give one, or one a prompt")
         if steered is not None:
-            cond = cond + (
-                steered if len(steered) == len(cond) else steered[torch.zeros_like(cond.text[1][:, 0]).long()]
-            )
+            cond = cond + steered
         rows = torch.arange(len(cond), device=self._execution_device).repeat_interleave(num_images_per_prompt)
         rng = make_rng(len(rows), generator, seed, rng).to(self._execution_device)
         images, stats = self.draw(

@@ -74,9 +74,7 @@ class Training(GeneratorTraining):
     def check_codes(self, codes: CodeInfo) -> None:
         super().check_codes(codes)
         if self.config.sizes is not None:
-            raise ConfigError(
-                "objective.sizes resizes the images, token files hold none; give the images in data.train"
-            )
+            raise ConfigError("objective.sizes resizes images, token files hold none; give the images in data.train")
 
     def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
         """At a size of this batch in training, at the tokenizer's own in validation."""

@@ -91,7 +91,7 @@ def test_drafts_and_trees_are_steered_where_they_stand(guidance: float) -> None:
     model = of_text()
     cond = classes(model, 3)
     plain = draw(model, cond, guidance)
-    for drafter in ("jacobi", "ngram"):
+    for drafter in ("jacobi", "n-gram", "recycling"):
         sampler = SpeculativeSampler(drafter=drafter, verifier="exact")
         assert torch.equal(draw(model, cond, guidance, sampler), plain), drafter
     assert not torch.equal(plain[0], draw(model, Cond(sequence=cond.sequence, mask=cond.mask), guidance)[0])

@@ -145,7 +145,7 @@ def unread_of(model: Any) -> StateDict:
     config, encoder = model.config, model.controller.encoder
     like, width = encoder.cls_token.detach(), encoder.cls_token.shape[-1]
     length = model.layout.length if config.rope_grid is None else math.prod(config.rope_grid)
-    zeros = {
+    zeros: dict[str, tuple[int, ...]] = {
         "condition_embeddings.weight": (config.codebook_size, config.hidden_size),
         "condition_mlp.uncond_embedding": (length, config.hidden_size),
     }

@@ -202,7 +202,7 @@ def to_grid(features: Tensor, grid: Grid) -> Tensor:
     own = tuple(features.shape[-2:])
     if own != grid:
         if grid[0] <= own[0] and grid[1] <= own[1]:
-            features = F.adaptive_avg_pool2d(features, grid)
+            features = F.adaptive_avg_pool2d(features, (grid[0], grid[1]))
         else:
             features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
     return features.flatten(2).transpose(1, 2)
@@ -346,6 +346,7 @@ class Controlled:
 
     layout: Any
     config: Any
+    full_rate: tuple[str, ...] = ()
     register_to_config: Callable[..., None]
 
     def add_control(self, settings: Mapping[str, Any] | None) -> None:

@@ -12,7 +12,6 @@ Shapes: B images, E width, h x w patches.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,17 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varkit.layers.mlp import FeedForward
-
-UNREAD = (
-    "mask_token",
-    "head.weight",
-    "head.bias",
-    "norm_pre.weight",
-    "norm_pre.bias",
-    "fc_norm.weight",
-    "fc_norm.bias",
-)
-"""Of trained encoders: what no feature map needs."""
 
 
 class Attention(nn.Module):
@@ -130,19 +118,6 @@ class ControlEncoder(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.patch_embed.proj.reset_parameters()
-
-    def load_trained(self, state: Mapping[str, Tensor], what: str) -> None:
-        """Take the weights of a trained ViT under timm's names; its positions are interpolated to these.
-
-        Raises: ValueError listing what is missing, unknown or of another shape.
-        """
-        from varkit.checkpoints.files import load_strictly
-
-        own = {k: v.float() for k, v in state.items() if k not in UNREAD and not k.startswith("pooler.")}
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if "pos_embed" in own:
-            own["pos_embed"] = interpolated(own["pos_embed"], (side, side))
-        load_strictly(self, own, what)
 
     def resized(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 3, H / stride * patch, W / stride * patch). Raises ValueError where it is no multiple."""

@@ -124,7 +124,7 @@ class ClassToImagePipeline(ImagePipeline):
         if labels is not None and len(labels) == 0:
             raise ValueError("class_labels is empty; give at least one class, or None for a random one")
         one_class = not isinstance(class_labels, Sequence) or isinstance(class_labels, str)
-        size = {name: sampling.get(name) for name in ("height", "width")}
+        size: dict[str, Any] = {name: sampling.get(name) for name in ("height", "width")}
         if control is not None and "control" in self.transformer.takes:
             size = self.size_for(control, **size)
             sampling |= size

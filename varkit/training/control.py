@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor
 
 from varkit.conditioning.control import Controlled, drawn_pixels
+from varkit.conditioning.control_encoder import ControlEncoder, interpolated
 from varkit.conditioning.extractors import EXTRACTORS, build_extractor
 from varkit.config import ConfigError, config
 from varkit.interfaces import Cond
 from varkit.training.finetune import plain
+
+UNREAD = ("mask_token", "head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias")
+"""Of trained encoders: what no map of features needs."""
 
 
 @config
@@ -66,11 +71,11 @@ class Controls:
             raise ConfigError(f"objective.control.network: {error}") from None
         control: Any = model.controller
         if self.plan.encoder_weights is not None:
-            control.encoder.load_trained(trained_encoder(self.plan.encoder_weights), self.plan.encoder_weights)
+            load_encoder(control.encoder, trained_encoder(self.plan.encoder_weights), self.plan.encoder_weights)
         if self.plan.official_initialisation:
             control.init_weights(official=True, encoder=False)
         names = tuple(f"controller.{name}" for name, _ in control.named_parameters())
-        model.full_rate = (*getattr(model, "full_rate", ()), *names)
+        model.full_rate = (*model.full_rate, *names)
         count = sum(p.numel() for p in control.parameters())
         return f"control: {count:,} new parameters that read {', '.join(self.plan.kinds)}; at first they add nothing"
 
@@ -110,3 +115,17 @@ def trained_encoder(source: str) -> dict[str, Tensor]:
         raise ConfigError(
             f"objective.control.encoder_weights={source}: no such file, and no model of timm: {error}"
         ) from None
+
+
+def load_encoder(encoder: ControlEncoder, state: Mapping[str, Tensor], what: str) -> None:
+    """Take the weights of a trained ViT under timm's names; its positions are interpolated to those there are.
+
+    Raises: ValueError listing what is missing, unknown or of another shape.
+    """
+    from varkit.checkpoints.files import load_strictly
+
+    own = {k: v.float().clone() for k, v in state.items() if k not in UNREAD}
+    side = math.isqrt(encoder.pos_embed.shape[1] - 1)
+    if "pos_embed" in own:
+        own["pos_embed"] = interpolated(own["pos_embed"], (side, side))
+    load_strictly(encoder, own, what)

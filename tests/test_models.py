@@ -79,6 +79,10 @@ OFFICIAL_PARAMETERS = {
     "llamagen_xxl": 1_410_972_672,
     "llamagen_3b": 3_096_659_200,
     "llamagen_t2i_xl": 777_678_080,
+    "controlar_t2i_xl": 835_943_296 - 16384 * 1280 - 384,  # less what nothing reads: an embedding, a mask token
+    "controlar_t2i_xl_base": 900_958_720 - 16384 * 1280 - 768,
+    "controlar_c2i_b": 150_888_960 - 16384 * 768 - 768 - 384 * 385,  # less an embedding, a norm and ViT's pooler
+    "controlar_c2i_l": 391_333_120 - 16384 * 1024 - 1024 - 384 * 385,
     "distilled_var_d16": 328_165_664,
     "distilled_var_d20": 635_399_088,
     "distilled_var_d24": 1_092_478_560,
@@ -179,13 +183,21 @@ def other_codebook(entry: Any) -> dict[str, Any]:
 
 
 def classes(model: Any, batch: int) -> Cond:
-    """What the model is conditioned on: classes in turn, or texts of all lengths, padded on the left."""
+    """What the model is conditioned on: classes in turn, or texts of all lengths, padded on the left; and where it is
+    steered by them, control images, some of strength 0."""
     if model.condition == "text":
         length = model.config.text_length
         words = torch.randn(batch, length, model.config.text_dim, generator=torch.Generator().manual_seed(2))
         mask = torch.arange(length) >= (torch.arange(batch) % length)[:, None]
-        return Cond(sequence=words * mask[..., None], mask=mask)
-    return Cond(torch.arange(batch) % model.num_classes)
+        cond = Cond(sequence=words * mask[..., None], mask=mask)
+    else:
+        cond = Cond(torch.arange(batch) % model.num_classes)
+    if "control" not in model.takes:
+        return cond
+    height, width = (side * model.controller.encoder.stride for side in model.layout.grids[-1])
+    images = torch.rand(batch, 1, 3, height, width, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    weight = torch.tensor([1.0, 0.5, 0.0])[torch.arange(batch) % 3][:, None]
+    return cond + Cond(control=images, control_weight=weight)
 
 
 def nothing(model: Any, cond: Cond) -> Cond:
@@ -195,7 +207,10 @@ def nothing(model: Any, cond: Cond) -> Cond:
 
 def at_once(model: Any, inputs: Tensor, cond: Cond) -> Tensor:
     """Teacher-forced logits of all positions."""
-    return model(inputs, cond.vector) if cond.vector is not None else model(inputs, *cond.text)
+    control = {} if cond.control is None else {"control": cond.control, "control_weight": cond.control_weight}
+    if cond.vector is not None:
+        return model(inputs, cond.vector, **control)
+    return model(inputs, *cond.text, **control)
 
 
 def factors(model: Any) -> tuple[int, ...]:

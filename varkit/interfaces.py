@@ -26,24 +26,34 @@ Losses = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Cond:
-    """An encoded condition of B images: a class, a text, or both.
+    """An encoded condition of B images: a class, a text, control images, or some of them at once.
 
     vector: class ids (B,) int64, or (B, D) float.
     sequence, mask: features (B, T, D) float, such as a text's, and where they are real, (B, T) bool.
+    control, control_weight: K control images each, (B, K, 3, H, W) float in [-1, 1], and how strongly each steers,
+        (B, K) float, 0 where it is absent.
     """
 
     vector: Tensor | None = None
     sequence: Tensor | None = None
     mask: Tensor | None = None
+    control: Tensor | None = None
+    control_weight: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.vector is None and self.sequence is None:
-            raise ValueError("a condition needs a vector or a sequence")
+        if self.vector is None and self.sequence is None and self.control is None:
+            raise ValueError("a condition needs a vector, a sequence or control images")
         if (self.sequence is None) != (self.mask is None):
             raise ValueError("a sequence and its mask come together")
+        if (self.control is None) != (self.control_weight is None):
+            raise ValueError("control images and their weights come together")
 
     def __len__(self) -> int:
-        return len(self.vector if self.vector is not None else self.sequence)  # type: ignore[arg-type]
+        return len(next(t for t in self._parts if t is not None))
+
+    @property
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.vector, self.sequence, self.mask, self.control, self.control_weight
 
     @property
     def labels(self) -> Tensor:
@@ -60,7 +70,7 @@ class Cond:
         return self.sequence, self.mask
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Cond:
-        return Cond(*[None if t is None else change(t) for t in (self.vector, self.sequence, self.mask)])
+        return Cond(*[None if t is None else change(t) for t in self._parts])
 
     def to(self, device: torch.device) -> Cond:
         return self._each(lambda t: t.to(device))
@@ -69,11 +79,32 @@ class Cond:
         """The condition of some of the images."""
         return self._each(lambda t: t[rows])
 
+    def __add__(self, other: Cond) -> Cond:
+        """Both conditions of the same images. Raises ValueError where both hold the same part, or of other images."""
+        if len(self) != len(other):
+            raise ValueError(f"conditions of {len(self)} and of {len(other)} images cannot be joined")
+        names = ("vector", "sequence", "mask", "control", "control_weight")
+        for name, a, b in zip(names, self._parts, other._parts, strict=True):
+            if a is not None and b is not None:
+                raise ValueError(f"both conditions hold a {name}; join conditions of different parts")
+        pairs = zip(self._parts, other._parts, strict=True)
+        return Cond(*[b if a is None else a for a, b in pairs])
+
+    def _faded(self, like: Cond) -> Cond:
+        """With control images as those of `like`, of weight 0, where it has none and `like` has some."""
+        if self.control is not None or like.control is None or like.control_weight is None:
+            return self
+        shapes = [t.new_zeros(len(self), *t.shape[1:]) for t in (like.control, like.control_weight)]
+        return Cond(self.vector, self.sequence, self.mask, *shapes)
+
     def beside(self, other: Cond | None) -> Cond:
-        """This condition with the rows of `other` below it: what a guided batch is conditioned on."""
+        """This condition with the rows of `other` below it: what a guided batch is conditioned on.
+
+        Where one of them has no control images, its rows get some of weight 0: they are not steered.
+        """
         if other is None:
             return self
-        pairs = zip((self.vector, self.sequence, self.mask), (other.vector, other.sequence, other.mask), strict=True)
+        pairs = zip(self._faded(other)._parts, other._faded(self)._parts, strict=True)
         return Cond(*[None if a is None or b is None else torch.cat([a, b]) for a, b in pairs])
 
 
@@ -242,6 +273,12 @@ class Generator(ABC):
     condition: str = "class"
     """What it is conditioned on: `class`, ids of which the last, `num_classes`, stands for none; or `text`, a sequence
     of `config.text_length` features of `config.text_dim` numbers, for which `null(cond)` gives the absence."""
+
+    @property
+    def takes(self) -> frozenset[str]:
+        """All that it is conditioned on: its `condition`, and `control` where it has a network for control images."""
+        steered = getattr(self, "controller", None) is not None
+        return frozenset({self.condition, "control"} if steered else {self.condition})
 
     mask_id: int | None = None
     """Of a generator that reads ids: the id that it reads where an input is masked, if it has one."""

@@ -52,6 +52,7 @@ class OfficialFormat:
         sampling: settings of the generator's sampler that the release recommends, for all sizes or by model; empty for
             tokenizers.
         condition: of generators, what it is conditioned on, where one class serves several.
+        control: of generators, whether it has a network for control images.
     """
 
     name: str
@@ -64,6 +65,7 @@ class OfficialFormat:
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
     sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     condition: str | None = None
+    control: bool = False
     settings: Callable[[Path], dict[str, Any]] = _no_settings
 
     def model_class(self) -> Any:
@@ -107,6 +109,7 @@ def format_of_model(model: Any) -> OfficialFormat:
     """Raises ValueError when no released file has the model's class."""
     for entry in formats():
         fits = entry.condition in (None, getattr(model, "condition", None))
+        fits = fits and entry.control == ("control" in getattr(model, "takes", ()))
         if type(model) is entry.model_class() and fits:
             return entry
     raise ValueError(

@@ -173,8 +173,8 @@ def read_tokenizer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 # ---- transformer --------------------------------------------------------------------------------------------------
 
-_CLASS_KEY = "cls_embedding.embedding_table.weight"
-_TEXT_KEY = "cls_embedding.uncond_embedding"
+CLASS_KEY = "cls_embedding.embedding_table.weight"
+TEXT_KEY = "cls_embedding.uncond_embedding"
 
 
 def transformer_from_official(state: StateDict) -> StateDict:
@@ -185,7 +185,8 @@ def transformer_from_official(state: StateDict) -> StateDict:
 def _is_transformer(key: str) -> Callable[[Mapping[str, Tensor]], bool]:
     def is_it(state: Mapping[str, Tensor]) -> bool:
         keys = (key, "layers.0.attention.wqkv.weight", "tok_embeddings.weight")
-        return all(k in state for k in keys) and "n_d_embed.weight" not in state
+        others = ("n_d_embed.weight", "adapter_mlp.fc1.weight")  # a student's, and ControlAR's
+        return all(k in state for k in keys) and not any(k in state for k in others)
 
     return is_it
 
@@ -206,10 +207,10 @@ def read_transformer_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "kv_heads": None if joined == 3 * width else (joined // (width // heads) - heads) // 2,
         "ffn_size": state["layers.0.feed_forward.w1.weight"].shape[0],
         "codebook_size": size,
-        "num_classes": state[_CLASS_KEY].shape[0] - 1 if _CLASS_KEY in state else None,
+        "num_classes": state[CLASS_KEY].shape[0] - 1 if CLASS_KEY in state else None,
     }
-    if _TEXT_KEY in state:
-        arguments["text_length"], arguments["text_dim"] = state[_TEXT_KEY].shape
+    if TEXT_KEY in state:
+        arguments["text_length"], arguments["text_dim"] = state[TEXT_KEY].shape
     return arguments
 
 
@@ -226,7 +227,7 @@ register_format(
         to_official=lambda state, model: tokenizer_to_official(state),
     )
 )
-for _condition, _key, _sampling in (("class", _CLASS_KEY, CLASS_SAMPLING), ("text", _TEXT_KEY, TEXT_SAMPLING)):
+for _condition, _key, _sampling in (("class", CLASS_KEY, CLASS_SAMPLING), ("text", TEXT_KEY, TEXT_SAMPLING)):
     register_format(
         OfficialFormat(
             f"LlamaGen from {_condition}",

@@ -103,6 +103,10 @@ def require_class_teacher(teacher: Any, kind: type[Any]) -> None:
             f"this student learns from a {kind.__name__} of classes; the teacher is a {type(teacher).__name__} "
             f"conditioned on {getattr(teacher, 'condition', 'nothing')}"
         )
+    if "control" in teacher.takes:
+        raise ValueError(
+            f"this {type(teacher).__name__} is steered by control images, which no student reads; take one that is not"
+        )
 
 
 def flags(known: Tensor, batch: int) -> Tensor:

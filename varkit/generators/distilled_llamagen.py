@@ -116,7 +116,8 @@ class DistilledLlamaGen(Student, HubMixin, ModelMixin, ConfigMixin):
     def of_teacher(cls, teacher: Any, **overrides: Any) -> Self:
         """See `Student.of_teacher`. How vectors are read is new: the teacher reads ids."""
         require_class_teacher(teacher, LlamaGen)
-        left_out = ("text_length", "text_dim", "token_dropout", "cond_drop_rate")
+        left_out = {"text_length", "text_dim", "token_dropout", "cond_drop_rate", "official_quirks"}
+        left_out |= {"control", "control_drop_rate", "rope_grid"}
         own = {k: v for k, v in teacher.config.items() if not k.startswith("_") and k not in left_out}
         student = cls(**{**own, **overrides})
         state, given = student.state_dict(), teacher.state_dict()

@@ -124,7 +124,8 @@ class DistilledVAR(Student, HubMixin, ModelMixin, ConfigMixin):
         if teacher.layout.sizes[0] != 1:
             raise ValueError(f"the teacher's first scale must be one token; it is {teacher.layout.grids[0]}")
         own = {k: v for k, v in teacher.config.items() if not k.startswith("_")}
-        own = {k: v for k, v in own.items() if k not in ("cond_drop_rate", "official_quirks")}
+        left_out = ("cond_drop_rate", "official_quirks", "control", "control_drop_rate")
+        own = {k: v for k, v in own.items() if k not in left_out}
         student = cls(**{**own, **overrides})
         state, given = student.state_dict(), teacher.state_dict()
         for name, rows in (("pos_1LC", given.pop("pos_1LC")[0]), ("lvl_embed.weight", given.pop("lvl_embed.weight"))):

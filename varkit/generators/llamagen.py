@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Self, cast
 
 import torch
@@ -25,6 +26,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.control import Controlled, Fused, dropped, inject
 from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
@@ -94,15 +96,17 @@ def released_padding(visible: Tensor) -> Tensor:
 
 
 class LlamaGenState(State):
-    """The cache, the prefix, and which positions of the whole sequence may be seen.
+    """The cache, the prefix, which positions of the whole sequence may be seen, and what control images add.
 
     Attributes: official_padding: see `released_padding`.
     """
 
     official_padding = False
 
-    def __init__(self, cache: KVCache, prefix: Tensor, visible: Tensor | None, guided: bool) -> None:
-        self.cache, self.prefix, self.visible, self.guided = cache, prefix, visible, guided
+    def __init__(
+        self, cache: KVCache, prefix: Tensor, visible: Tensor | None, guided: bool, fused: Fused | None = None
+    ) -> None:
+        self.cache, self.prefix, self.visible, self.guided, self.fused = cache, prefix, visible, guided, fused
         self.length = 0
 
     def rewind(self, count: int) -> None:
@@ -119,7 +123,7 @@ class LlamaGenState(State):
         self.rewind(self.length)
 
 
-class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
+class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The next-token transformer, conditioned on a class or on a text. The defaults are the released GPT-B at 256 px.
 
     Args:
@@ -132,7 +136,12 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         cond_drop_rate: how often a condition becomes the null one in training.
         grid: image tokens a side, or (height, width). No weight depends on it.
         codebook_size, latent_dim: of the tokenizer.
-    Raises: ValueError where heads do not divide evenly, naming both sides.
+        rope_grid: ControlAR's models of any size: the grid whose rotary places tokens take in turn, whatever the grid
+            that they fill. Control images alone tell them the width. None is `grid`.
+        control: arguments of `Control`, for a model that control images steer too (ControlAR).
+        control_drop_rate: how often a control is left out in training while class or text stays.
+        official_quirks: without guidance, control images have full strength whatever was asked, as in the release.
+    Raises: ValueError where heads do not divide evenly, naming both sides, or on a bad argument of `Control`.
     """
 
     _supports_gradient_checkpointing = True
@@ -147,7 +156,18 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         "layers.*.feed_forward.w3",
     )
     free_arguments = frozenset(
-        {"token_dropout", "dropout", "ffn_dropout", "attention_dropout", "drop_path_rate", "cond_drop_rate"}
+        {
+            "token_dropout",
+            "dropout",
+            "ffn_dropout",
+            "attention_dropout",
+            "drop_path_rate",
+            "cond_drop_rate",
+            "control_drop_rate",
+            "official_quirks",
+            "grid",
+            "rope_grid",
+        }
     )
     """These three: see `varkit.training.finetune.Tunable`."""
 
@@ -173,6 +193,10 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         grid: int | Sequence[int] = 16,
         codebook_size: int = 16384,
         latent_dim: int = 8,
+        rope_grid: Sequence[int] | None = None,
+        control: dict[str, Any] | None = None,
+        control_drop_rate: float = 0.0,
+        official_quirks: bool = False,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or num_heads
@@ -194,7 +218,10 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         )
         self.tok_embeddings = nn.Embedding(codebook_size, hidden_size)
         self.tok_dropout = nn.Dropout(token_dropout)
-        self.rotary = Rotary(self.layout.grids[0], hidden_size // num_heads, rope_base, self.prefix_length)
+        places = self.layout.grids[0] if rope_grid is None else tuple(rope_grid)
+        if self.layout.length > math.prod(places):
+            raise ValueError(f"grid {self.layout.grids[0]} has more tokens than rope_grid {places} has places")
+        self.rotary = Rotary(places, hidden_size // num_heads, rope_base, self.prefix_length)
         self.layers: Any = nn.ModuleList(
             Block(
                 hidden_size,
@@ -211,15 +238,18 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.output = nn.Linear(hidden_size, codebook_size, bias=False)
+        self.add_control(control)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self, std: float = 0.02) -> None:
-        """Linear and Embedding weights normal with `std`; `output` zero."""
+        """Linear and Embedding weights normal with `std`; `output` zero; control as its own `init_weights`."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=std)
         nn.init.zeros_(self.output.weight)
+        if self.controller is not None:
+            self.controller.init_weights()
 
     @property
     def blocks(self) -> Any:
@@ -236,17 +266,25 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         return self.cls_embedding.null(cond)
 
     def replace_by_null(self, cond: Cond, rows: Tensor) -> Cond:
-        """`cond` with no condition in some rows, (B,) bool."""
+        """`cond` with no condition in some rows, (B,) bool: neither class or text, nor control."""
         null, rows = self.null(cond), rows.to(next(self.parameters()).device)
+        weight = None
+        if cond.control_weight is not None:
+            weight = cond.control_weight.masked_fill(rows[:, None].to(cond.control_weight.device), 0)
         if cond.vector is not None:
-            return Cond(torch.where(rows, null.labels, cond.labels))
+            labels = torch.where(rows, null.labels, cond.labels)
+            return Cond(labels, control=cond.control, control_weight=weight)
         sequence, mask = cond.text
-        return Cond(sequence=torch.where(rows[:, None, None], null.text[0], sequence), mask=mask)
+        text = torch.where(rows[:, None, None], null.text[0], sequence)
+        return Cond(sequence=text, mask=mask, control=cond.control, control_weight=weight)
 
     def drop_condition(self, cond: Cond, rng: Rng) -> Cond:
-        """`cond` with no condition in each row whose number is below cond_drop_rate."""
-        u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-        return self.replace_by_null(cond, u < self.config.cond_drop_rate)
+        """`cond` with no condition in each row whose number is below cond_drop_rate, and some controls left out."""
+        if self.config.cond_drop_rate > 0:
+            u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
+            cond = self.replace_by_null(cond, u < self.config.cond_drop_rate)
+        nobody = torch.zeros(len(cond), dtype=torch.bool)
+        return replace(cond, control_weight=dropped(cond.control_weight, nobody, rng, self.config.control_drop_rate))
 
     def visible(self, cond: Cond) -> Tensor | None:
         """Which positions of the whole sequence may be seen, (B, S) bool; None: all."""
@@ -259,7 +297,13 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         return self.output(self.norm(x)).float()
 
     def forward(
-        self, inputs: Tensor, condition: Tensor, mask: Tensor | None = None, hidden_layer: int | None = None
+        self,
+        inputs: Tensor,
+        condition: Tensor,
+        mask: Tensor | None = None,
+        hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced logits of the first n positions.
 
@@ -268,10 +312,11 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             condition: (B,) class ids, of which `num_classes` is the null class; or text features (B, T, E).
             mask: with text features, where they are real, (B, T) bool; they stand at the end (left padding).
             hidden_layer: return also what this block gives at the n positions, counted from 1: (B, n, C).
+            control, control_weight: see `Cond`.
         Returns: (B, n, V) float32, or a pair.
         """
         cond = Cond(condition) if mask is None else Cond(sequence=condition, mask=mask)
-        return self._run(inputs, cond, hidden_layer)
+        return self._run(inputs, replace(cond, control=control, control_weight=control_weight), hidden_layer)
 
     def _run(self, inputs: Tensor, cond: Cond, hidden_layer: int | None) -> Any:
         x, hidden = self._through(inputs, cond, hidden_layer)
@@ -283,14 +328,27 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         x = self.tok_dropout(torch.cat([self.prefix(cond), self.tok_embeddings(inputs[:, 1:])], 1))
         visible = self.visible(cond)
         seen = None if visible is None else causal(visible[:, : x.shape[1]])
-        hidden = x
+        hidden, fused, count = x, self.fuse(cond), inputs.shape[1]
         for i, block in enumerate(self.layers, 1):
+            x = self.steer(x, fused, i - 1, slice(count))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, self.rotary, seen)
             else:
                 x = block(x, self.rotary, seen)
             hidden = x if i == hidden_layer else hidden
         return x, hidden
+
+    @staticmethod
+    def steer(x: Tensor, fused: Fused | None, layer: int, where: slice) -> Tensor:
+        """`inject` into the last hidden states, those that predict the positions `where`; the prefix before stays."""
+        if fused is None or layer not in fused:
+            return x
+        before = x.shape[1] - len(range(*where.indices(fused[layer].shape[1])))
+        return (
+            torch.cat([x[:, :before], inject(x[:, before:], fused, layer, where)], 1)
+            if before
+            else inject(x, fused, layer, where)
+        )
 
     def last_states(self, inputs: Tensor, cond: Cond) -> Tensor:
         """What `output` reads, of the whole sequence, teacher-forced: (B, T + n - 1, C), the prefix first.
@@ -309,11 +367,26 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         """The same weights with the rotary table of another grid. What a network was not trained on, it draws worse."""
         if tuple(grid) == self.layout.grids[0]:
             return self
+        if self.config.rope_grid is not None:
+            return self._refilled(grid)
         made, config = sharing(self), self.config
         made.layout = TokenLayout((tuple(grid),), self.layout.codebook_size, self.layout.dim)
         rotary = Rotary(grid, config.hidden_size // config.num_heads, config.rope_base, self.prefix_length)
         made.rotary = rotary.to(self.rotary.cos.device)
         made.compiled = made._lent = None  # compiled for a cache of the own length
+        made.register_to_config(grid=tuple(grid))
+        return made
+
+    def _refilled(self, grid: tuple[int, int]) -> Self:
+        """The same weights and rotary places for another grid. Raises ValueError where there are not enough places."""
+        most = math.prod(self.config.rope_grid)
+        if grid[0] * grid[1] > most:
+            raise ValueError(
+                f"{grid[0]}x{grid[1]} are {grid[0] * grid[1]} tokens; this model draws at most {most}, of any sides"
+            )
+        made = sharing(self)
+        made.layout = TokenLayout((tuple(grid),), self.layout.codebook_size, self.layout.dim)
+        made.compiled = made._lent = None
         made.register_to_config(grid=tuple(grid))
         return made
 
@@ -328,6 +401,8 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         return list(torch.arange(self.layout.length, device=self.rotary.cos.device).split(1))
 
     def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
+        if self.config.official_quirks and null is None and cond.control_weight is not None:
+            cond = replace(cond, control_weight=(cond.control_weight != 0).to(cond.control_weight))
         both = cond.beside(null)
         prefix = self.prefix(both)  # R T C
         cache = self.new_cache(
@@ -338,12 +413,13 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             head_dim=self.config.hidden_size // self.config.num_heads,
         )
         visible = self.visible(both)
-        return LlamaGenState(cache, prefix, None if visible is None else visible.to(prefix.device), null is not None)
+        visible = None if visible is None else visible.to(prefix.device)
+        return LlamaGenState(cache, prefix, visible, null is not None, self.fuse(both))
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next positions; several are predicted as if each input were right."""
         assert isinstance(state, LlamaGenState)
-        compiled = self.run_compiled(state, inputs, positions, state.visible)
+        compiled = self.run_compiled(state, inputs, positions, *self.extra(state, positions - 1))
         if compiled is not None:
             return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
         if state.guided:
@@ -362,8 +438,9 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             mask = causal(every if state.visible is None else state.visible[:, :end])[:, :, first:]
         if state.official_padding and state.visible is not None and state.length == 0:
             mask = released_padding(state.visible[:, :end])
+        where = slice(state.length, state.length + count)
         for i, block in enumerate(self.layers):
-            x = block(x, self.rotary, mask, state.cache, i, first)
+            x = block(self.steer(x, state.fused, i, where), self.rotary, mask, state.cache, i, first)
         hidden = self.norm(x)
         predictive = Categorical(*self.output_of(hidden[:, -count:]).chunk(2 if state.guided else 1))
         predictive.hidden = hidden
@@ -372,17 +449,24 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     def nodes(
         self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
     ) -> Tensor:
-        (visible,) = extra
+        visible, fused = extra
         x, mask = self.tok_embeddings(inputs), slots.visible(visible)
         for i, block in enumerate(self.layers if layers is None else self.layers[:layers]):
-            x = block(x, self.rotary, mask, slots, i, slots.places)
+            x = block(inject(x, fused, i), self.rotary, mask, slots, i, slots.places)
         return self.norm(x)
 
     def output_of(self, hidden: Tensor) -> Tensor:
         return self.output(hidden).float()
 
     def extra(self, state: Any, before: Tensor, rows: Tensor | None = None) -> tuple[Any, ...]:
-        return (state.visible if rows is None or state.visible is None else state.visible[rows],)
+        visible, fused = state.visible, state.fused
+        if fused is not None:
+            turns = (before + 1).clamp(max=self.layout.length - 1)  # of the tokens that are predicted
+            some = slice(None) if rows is None else rows
+            if turns.dim() == 2:
+                some = torch.arange(len(turns), device=turns.device)[:, None] if rows is None else rows[:, None]
+            fused = {layer: x[some][:, turns] if turns.dim() == 1 else x[some, turns] for layer, x in fused.items()}
+        return (visible if rows is None or visible is None else visible[rows], fused)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""
@@ -409,14 +493,14 @@ class LlamaGen(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         """Cross entropy, mean over tokens. In training conditions are dropped.
 
         Args:
-            tokens, inputs: (B, L) both.   cond: class ids, or text features and their mask.
+            tokens, inputs: (B, L) both.   cond: class ids, or text features and their mask; and control images.
             label_smoothing: in [0, 1).
             weight: (B, L) to use instead of 1 / L.   hidden_layer: see `Generator.training_options`.
             z_weight: of the mean squared logarithm of the softmax's denominator, which keeps logits small.
             valid: (B,), 0 for images that do not count (unreadable ones, say); the mean is over the others.
         Returns: loss; accuracy.
         """
-        if self.training and self.config.cond_drop_rate > 0:
+        if self.training:
             cond = self.drop_condition(cond, rng)
         out = self._run(inputs, cond, hidden_layer)
         logits, hidden = (out, None) if hidden_layer is None else out
@@ -461,6 +545,11 @@ _TINY: dict[str, Any] = {
 }
 _TINY_CLASS = {**_TINY, "num_classes": 3}
 _TINY_TEXT = {**_TINY, "text_length": 5, "text_dim": 12}
+_TINY_CONTROL: dict[str, Any] = {
+    "depth": 3,
+    "control": {"encoder": {"width": 12, "depth": 1, "heads": 2, "patch": 2, "grid": 4}},
+    "control_drop_rate": 0.1,
+}
 _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
     **{
         f"llamagen_{name}": (
@@ -493,6 +582,34 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
         "vq_f8_64",
         "a small one for captioned images of 64x64 and features of 768 numbers, 15 M parameters",
     ),
+    **{
+        f"controlar_c2i_{name}": (
+            {"depth": depth, "hidden_size": width, "num_heads": heads, "control": {"encoder": "vit-small"}},
+            "vq_ds16",
+            f"ControlAR-{name.upper()}: LlamaGen-{name.upper()} steered by control images, 256x256",
+        )
+        for name, (depth, width, heads, _) in SIZES.items()
+        if name in ("b", "l")
+    },
+    **{
+        f"controlar_t2i_xl{tag}": (
+            {
+                "num_classes": None,
+                "depth": 36,
+                "hidden_size": 1280,
+                "num_heads": 20,
+                "rope_grid": places,
+                "control": {"encoder": f"dinov2-{encoder}"},
+            },
+            "vq_ds16",
+            f"ControlAR: LlamaGen-XL from text and control images, DINOv2-{encoder}; {what}",
+        )
+        for tag, encoder, places, what in (
+            ("", "small", None, "released at 512x512"),
+            ("_mr", "small", (48, 48), "released for any sides up to the area of 768x768"),
+            ("_base", "base", None, "released at 512x512"),
+        )
+    },
     "llamagen_fashion": (
         {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8, "codebook_size": 512},
         "vq_fashion",
@@ -507,7 +624,11 @@ for _name, (_preset, _tokenizer, _summary) in _PRESETS.items():
             _builder(**_preset),
             _summary,
             tokenizer=_tokenizer,
-            tiny=_TINY_TEXT if _preset.get("num_classes", 0) is None else _TINY_CLASS,
+            tiny={
+                **(_TINY_TEXT if _preset.get("num_classes", 0) is None else _TINY_CLASS),
+                **(_TINY_CONTROL if "control" in _preset else {}),
+                **({"rope_grid": (5, 4)} if _preset.get("rope_grid") else {}),
+            },
             tiny_tokenizer=TINY_TOKENIZER,
         )
     )
@@ -516,6 +637,9 @@ CLASS_SAMPLING = {"guidance_scale": 4.0, "guidance_schedule": "constant", "top_k
 """The official demo's; the published FIDs are of other settings."""
 
 TEXT_SAMPLING = {"guidance_scale": 7.5, "guidance_schedule": "constant", "top_k": 1000}
+
+CONTROL_SAMPLING = {"guidance_scale": 4.0, "guidance_schedule": "constant", "top_k": 2000}
+"""Of ControlAR's scripts."""
 
 for _size, _pixels, _score in (
     ("b", 256, "FID 5.46, IS 193.6 (README), ADM evaluator, guidance 2.0, top_k 0"),
@@ -553,5 +677,34 @@ for _stage, _pixels in ((1, 256), (2, 512)):
             tokenizer="vq_ds16.t2i",
             overrides={"grid": _pixels // 16},
             sampling=TEXT_SAMPLING,
+        )
+    )
+
+for _file, _builder_name, _kinds, _resize in (
+    ("canny_MR", "controlar_t2i_xl_mr", ("canny",), "nearest"),
+    ("depth_MR", "controlar_t2i_xl_mr", ("depth",), "bicubic"),
+    ("hed", "controlar_t2i_xl", ("hed",), "bicubic"),
+    ("seg_cocostuff", "controlar_t2i_xl", ("seg",), "nearest"),
+    ("edge_base", "controlar_t2i_xl_base", (), "bicubic"),
+    ("depth_base", "controlar_t2i_xl_base", ("depth",), "bicubic"),
+):
+    _large = _builder_name.endswith("_mr")
+    _encoder = "dinov2-base" if _builder_name.endswith("_base") else "dinov2-small"
+    register_checkpoint(
+        Checkpoint(
+            name=f"{_builder_name}.{_file.lower()}",
+            repo_id="wondervictor/ControlAR",
+            filename=f"{_file}.safetensors",
+            licence="not stated with the files",
+            paper="arXiv 2410.02705",
+            resolution=768 if _large else 512,
+            official_score="none that we could check against its source",
+            tokenizer="vq_ds16.t2i",
+            overrides={
+                "grid": 48 if _large else 32,
+                "rope_grid": (48, 48) if _large else None,
+                "control": {"encoder": _encoder, "kinds": list(_kinds), "resize": _resize},
+            },
+            sampling=CONTROL_SAMPLING,
         )
     )

@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.control import Controlled, Fused, dropped, inject
 from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
@@ -192,12 +193,16 @@ class VARState(State):
     """Cache, and all that depends on the class alone: computed once, read at every scale.
 
     block_causal: whether scales that are predicted at once see only coarser ones and themselves, as in training.
+    fused: what control images add, or None.
     """
 
     block_causal = True
 
-    def __init__(self, cache: KVCache, cond: Tensor, modulations: list[Modulation], guided: bool) -> None:
+    def __init__(
+        self, cache: KVCache, cond: Tensor, modulations: list[Modulation], guided: bool, fused: Fused | None = None
+    ) -> None:
         self.cache, self.cond, self.modulations, self.guided = cache, cond, modulations, guided
+        self.fused = fused
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -210,7 +215,7 @@ class VARState(State):
         self.cache.reset()
 
 
-class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional next-scale transformer. The defaults are the released VAR-d16.
 
     Args:
@@ -223,7 +228,9 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         scales, codebook_size, latent_dim: of the tokenizer.
         official_quirks: drop labels in eval mode too, as the release does: only so is a validation loss the official
             one. Weights and samples do not depend on it.
-    Raises: ValueError when hidden_size is no multiple of num_heads.
+        control: arguments of `Control`, for a model that control images steer too.
+        control_drop_rate: how often a control is left out in training while the class stays.
+    Raises: ValueError when hidden_size is no multiple of num_heads, or on a bad argument of `Control`.
     """
 
     _supports_gradient_checkpointing = True
@@ -231,11 +238,13 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
     training_options = frozenset(
         {"num_scales", "newest_weight", "label_smoothing", "weight", "hidden_layer", "z_weight"}
     )
-    no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss")
+    no_decay = ("pos_start", "pos_1LC", "lvl_embed", "scale_mul", "ada_gss", "cls_token", "pos_embed", "kind_embed")
     """Name parts of parameters trained without weight decay, besides biases and 1-D tensors."""
     class_embedding = "class_emb"
     lora_targets = ("blocks.*.attn.mat_qkv", "blocks.*.attn.proj", "blocks.*.ffn.fc1", "blocks.*.ffn.fc2")
-    free_arguments = frozenset({"dropout", "attention_dropout", "drop_path_rate", "cond_drop_rate", "official_quirks"})
+    free_arguments = frozenset(
+        {"dropout", "attention_dropout", "drop_path_rate", "cond_drop_rate", "official_quirks", "control_drop_rate"}
+    )
     """These three: see `varkit.training.finetune.Tunable`."""
 
     @register_to_config
@@ -257,6 +266,8 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         codebook_size: int = 4096,
         latent_dim: int = 32,
         official_quirks: bool = False,
+        control: dict[str, Any] | None = None,
+        control_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -295,11 +306,14 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         )
         self.head_nm: Any = ModulatedNorm(hidden_size, norm_eps)
         self.head = nn.Linear(hidden_size, codebook_size)
+        self.add_control(control)
         self.init_weights()
 
     def init_weights(self, adaln_gain: float = 0.5, gamma_gain: float = 1e-3, head_gain: float = 0.02) -> None:
         """Initialise as the reference does; a second call starts afresh. See `initialise`."""
         initialise(self, adaln_gain, gamma_gain, head_gain)
+        if self.controller is not None:
+            self.controller.init_weights()
 
     # ---- the network --------------------------------------------------------------------------------------
 
@@ -327,7 +341,12 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return self.head(self.head_nm(x, cond)).float()
 
     def forward(
-        self, inputs: Tensor, class_labels: Tensor, hidden_layer: int | None = None
+        self,
+        inputs: Tensor,
+        class_labels: Tensor,
+        hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced logits of the first n positions.
 
@@ -335,14 +354,17 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             inputs: (B, n, latent_dim), what `MultiScaleVQ.embed` gives, cut after any scale.
             class_labels: (B,) int64; `num_classes` is the null class.
             hidden_layer: return also what this block gives, counted from 1: (B, n, C).
+            control, control_weight: see `Cond`.
         Returns: (B, n, V) float32, or a pair.
         """
+        fused = self.fuse(Cond(class_labels, control=control, control_weight=control_weight))
         cond = self.class_emb(class_labels)  # B C
         x = self.embed_inputs(inputs, cond, 0)
         levels = self.levels[: x.shape[1]]
         mask = levels[:, None] >= levels[None, :]  # a scale sees itself and all coarser ones
         hidden = x
         for i, (block, modulation) in enumerate(zip(self.blocks, self.modulations(cond), strict=True), 1):
+            x = inject(x, fused, i - 1, slice(x.shape[1]))
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = self._gradient_checkpointing_func(block, x, modulation, mask)
             else:
@@ -353,7 +375,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
 
     def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
         """What is predicted everywhere at once, given true inputs: one pass. No label is dropped."""
-        return Categorical(self(inputs, cond.labels))
+        return Categorical(self(inputs, cond.labels, None, cond.control, cond.control_weight))
 
     # ---- other sizes --------------------------------------------------------------------------------------
 
@@ -389,7 +411,8 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return [torch.arange(s.start, s.stop, device=self.levels.device) for s in self.layout.slices]
 
     def start(self, cond: Cond, null: Cond | None = None) -> VARState:
-        vector = self.class_emb(cond.beside(null).labels)  # R C, R = B or 2 B
+        both = cond.beside(null)
+        vector = self.class_emb(both.labels)  # R C, R = B or 2 B
         cache = KVCache(
             layers=len(self.blocks),
             rows=vector.shape[0],
@@ -399,7 +422,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             dtype=vector.dtype,
             device=vector.device,
         )
-        return VARState(cache, vector, self.modulations(vector), guided=null is not None)
+        return VARState(cache, vector, self.modulations(vector), null is not None, self.fuse(both))
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next scale, all at once; several are predicted as if each input were right.
@@ -415,7 +438,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         if state.block_causal and not one_scale:
             mask = self.levels[first:end, None] >= self.levels[:end]
         for i, (block, modulation) in enumerate(zip(self.blocks, state.modulations, strict=True)):
-            x = block(x, modulation, mask, state.cache, i)
+            x = block(inject(x, state.fused, i, slice(first, end)), modulation, mask, state.cache, i)
         logits = self.logits(x, state.cond)
         return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
 
@@ -443,7 +466,7 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """Cross entropy, each token weighted 1 / L, plus what the reference logs.
 
         Args:
-            tokens, inputs: (B, L) and (B, L, latent_dim).   cond: class ids.
+            tokens, inputs: (B, L) and (B, L, latent_dim).   cond: class ids, and control images.
             num_scales: progressive training, the first scales only (official `prog_si`).
             newest_weight: weight of the last of them.
             label_smoothing: in [0, 1).
@@ -451,13 +474,17 @@ class VAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             z_weight: of the mean squared logarithm of the softmax's denominator, which keeps logits small.
         Returns: loss; accuracy; loss_last and accuracy_last of the finest scale trained.
         """
-        labels = cond.labels
-        if (self.training or self.config.official_quirks) and self.config.cond_drop_rate > 0:
-            u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-            labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
+        labels, weights = cond.labels, cond.control_weight
+        if self.training or self.config.official_quirks:
+            gone = torch.zeros_like(labels, dtype=torch.bool)
+            if self.config.cond_drop_rate > 0:
+                u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
+                gone = u.to(labels.device) < self.config.cond_drop_rate
+            labels = labels.masked_fill(gone, self.num_classes)
+            weights = dropped(weights, gone, rng, self.config.control_drop_rate)
         last = self.layout.slices[(num_scales or len(self.layout.grids)) - 1]
         target = tokens[:, : last.stop]
-        out = self(inputs[:, : last.stop], labels, hidden_layer)
+        out = self(inputs[:, : last.stop], labels, hidden_layer, cond.control, weights)
         logits, hidden = (out, None) if hidden_layer is None else out
         if weight is None:
             weight = torch.full((last.stop,), 1 / self.layout.length, device=logits.device)

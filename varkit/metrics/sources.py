@@ -162,8 +162,8 @@ def open_generated(
         name = type(pipeline).__name__ if pipeline is source else str(source)
         fixed = {k: v for k, v in sampling.items() if v is not None}
         check_lengths(pipeline, lengths, **fixed)
-        for count in steps:  # what the sampler cannot do is refused before anything is drawn
-            pipeline.sampler.count_steps(pipeline.transformer, **fixed, num_steps=count)
+        for wanted in steps:  # what the sampler cannot do is refused before anything is drawn
+            pipeline.sampler.count_steps(pipeline.transformer, **fixed, num_steps=wanted)
         for w, count, n in itertools.product(guidance or (None,), steps or (None,), lengths or (None,)):
             asked = {"guidance_scale": w, "num_steps": count, "num_tokens": n}
             settings = fixed | {k: v for k, v in asked.items() if v}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Self
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from varkit import registry
+from varkit.conditioning.control import ControlCondition, Controls, Strength
 from varkit.generators.one_token import OneToken
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator
@@ -108,6 +110,65 @@ class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
                 f"{type(sampler).__name__} has no setting {', '.join(unknown)}; it has {', '.join(sampler.settings())}"
             )
         return given
+
+    def size_for(self, control: Controls, height: int | None, width: int | None) -> dict[str, int]:
+        """Height and width of what is drawn from control images.
+
+        Models of any size (ControlAR's) draw that of the first image unless told otherwise, sides rounded up to what a
+        token covers; others draw their own.
+        Raises: ValueError when there are too many tokens.
+        """
+        native, grid = self.image_tokenizer.image_size, self.image_tokenizer.layout.grids[-1]
+        if getattr(self.transformer.config, "rope_grid", None) is None:
+            return {"height": height or native[0], "width": width or native[1]}
+        first: Any = next(iter(control.values()), None) if isinstance(control, Mapping) else control
+        first = first[0] if isinstance(first, Sequence) and len(first) else first
+        if height is None and width is None and isinstance(first, Image.Image | Tensor):
+            height, width = tuple(first.shape[-2:]) if isinstance(first, Tensor) else (first.height, first.width)
+        sides = (height or native[0], width or native[1])
+        patches = [own // side for own, side in zip(native, grid, strict=True)]
+        height, width = (math.ceil(side / p) * p for side, p in zip(sides, patches, strict=True))
+        most = math.prod(self.transformer.config.rope_grid)
+        if (count := height * width // math.prod(patches)) > most:
+            raise ValueError(
+                f"images of {height}x{width} (that of the control image, unless height= and width= are given) are "
+                f"{count} tokens; this model draws at most {most}: give a smaller height= and width="
+            )
+        return {"height": height, "width": width}
+
+    def encode_control(
+        self,
+        control: Controls | None,
+        strength: Strength | None,
+        count: int | None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Cond | None:
+        """Control images for `count` images; see `ControlCondition.encode`. None where none are to be used.
+
+        Raises: ValueError when they are given to a model that takes none, or are missing where one needs them.
+        """
+        takes, name = "control" in self.transformer.takes, type(self.transformer).__name__
+        if control is not None and not takes:
+            raise ValueError(
+                f"this {name} takes no control images: leave control= out, or take a model that was trained with them "
+                f"(docs/control.md)"
+            )
+        if control is None:
+            none = isinstance(strength, int | float) and strength == 0
+            if strength is not None and not (takes and none):
+                raise ValueError(f"control_strength={strength} without control images: give control=")
+            if takes and not none and not self.transformer.config.control_drop_rate:
+                kinds = ", ".join(self.transformer.controller.kinds) or "one kind"
+                raise ValueError(
+                    f"this {name} is steered by control images ({kinds}): give control=, or control_strength=0 to draw "
+                    f"without any, which it was not trained for"
+                )
+            return None
+        native = self.image_tokenizer.image_size
+        condition = ControlCondition((height or native[0], width or native[1]), self.transformer.controller.kinds)
+        encoded = condition.encode(control=control, strength=1.0 if strength is None else strength, count=count)
+        return encoded.to(self._execution_device)
 
     def helpers(self) -> dict[str, Any]:
         """What the sampler is given besides the parts that every sampler takes."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from varkit.conditioning.control import Controls, Strength
 from varkit.conditioning.label import LabelCondition
 from varkit.config import nearest
 from varkit.interfaces import Cond
@@ -86,6 +87,8 @@ class ClassToImagePipeline(ImagePipeline):
         classifier: str | Path | nn.Module | None = None,
         accept: float | None = None,
         known: Known | None = None,
+        control: Controls | None = None,
+        control_strength: Strength | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -106,6 +109,10 @@ class ClassToImagePipeline(ImagePipeline):
             best_of, classifier, accept: draw so many candidates of each image and keep the one that the classifier is
                 surest of; see `BestOf`. `stats` then holds sums over the candidates.
             known: tokens to keep; see `edit`.
+            control: of a model that control images steer: one for all labels or one a label, a PIL image, a list or a
+                tensor; or a mapping of kinds to such. PIL images are brought to the model's size.
+            control_strength: how strongly they steer: a number, one a label, or either by kind; 0 is not at all, None
+                as trained, 1.
             output_type: "pil", "np" (B, H, W, 3 in [0, 1]), "pt" (B, 3, H, W in [0, 1]) or "latent" (tokens).
             callback_on_step_end: called as (pipeline, step, last position of the step, {"tokens",
                 "positions", "num_steps"}) after each step.
@@ -114,9 +121,19 @@ class ClassToImagePipeline(ImagePipeline):
         self.check_call(output_type, num_images_per_prompt)
         device = self._execution_device
         labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
-        count = (1 if labels is None else len(labels)) * num_images_per_prompt
-        if count == 0:
+        if labels is not None and len(labels) == 0:
             raise ValueError("class_labels is empty; give at least one class, or None for a random one")
+        one_class = not isinstance(class_labels, Sequence) or isinstance(class_labels, str)
+        size: dict[str, Any] = {name: sampling.get(name) for name in ("height", "width")}
+        if control is not None and "control" in self.transformer.takes:
+            size = self.size_for(control, **size)
+            sampling |= size
+        steered = self.encode_control(control, control_strength, None if one_class else len(labels or ()), **size)
+        if steered is not None and one_class:
+            labels = labels and [*labels] * len(steered)
+        rows = 1 if labels is None else len(labels)
+        rows = len(steered) if steered is not None else rows
+        count = rows * num_images_per_prompt
         rng = make_rng(count, generator, seed, rng).to(device)
         condition = LabelCondition(self.transformer.num_classes)
         if labels is None:
@@ -125,6 +142,9 @@ class ClassToImagePipeline(ImagePipeline):
         else:
             ids = torch.tensor(self.label_ids(labels)).repeat_interleave(num_images_per_prompt)
             cond = condition.encode(class_labels=ids).to(device)
+        null = condition.null(cond)
+        if steered is not None:
+            cond = cond + steered[torch.arange(rows, device=device).repeat_interleave(num_images_per_prompt)]
         settings = {
             "callback": callback_on_step_end,
             "guidance_scale": guidance_scale,
@@ -138,11 +158,11 @@ class ClassToImagePipeline(ImagePipeline):
         }
         labels = cond.labels.tolist()
         if best_of == 1 and classifier is None and accept is None:
-            images, stats = self.draw(cond, condition.null(cond), rng, known=known, output_type=output_type, **settings)
+            images, stats = self.draw(cond, null, rng, known=known, output_type=output_type, **settings)
             return ImageOutput(images=images, class_labels=labels, stats=stats) if return_dict else (images,)
         chooser = BestOf(self, best_of, classifier, accept)
         chooser.check_labels(labels)
-        images, choice = self.draw_best(chooser, cond, condition.null(cond), rng, known, output_type, **settings)
+        images, choice = self.draw_best(chooser, cond, null, rng, known, output_type, **settings)
         if not return_dict:
             return (images,)
         return ImageOutput(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from varkit.conditioning.control import Controls, Strength
 from varkit.conditioning.text import T5, TextCondition
 from varkit.interfaces import Cond
 from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, make_rng
@@ -107,6 +108,8 @@ class TextToImagePipeline(ImagePipeline):
         guidance_schedule: str | None = None,
         num_inference_steps: int | None = None,
         known: Known | None = None,
+        control: Controls | None = None,
+        control_strength: Strength | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepCallback | None = None,
@@ -127,6 +130,9 @@ class TextToImagePipeline(ImagePipeline):
                 `sampler`, another sampler or its name, such as "sjd" or "auto" (docs/sampling.md); `height` and
                 `width`, where the model can draw other sizes (docs/editing.md, "Other sizes").
             known: tokens to keep; see `edit`.
+            control, control_strength: as in `ClassToImagePipeline`; one for all prompts or one a prompt. Models of any
+                size draw that of the control image, sides rounded up to multiples of what a token covers, unless
+                `height` and `width` are given.
             output_type, callback_on_step_end: as in `ClassToImagePipeline`.
         Raises: ValueError on a bad argument, before any work.
         """
@@ -135,12 +141,26 @@ class TextToImagePipeline(ImagePipeline):
             raise ValueError("give prompt= or features=, not both")
         self.sampler.settings(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule)
         unconditional = prompt is None and features is None
-        cond = self.no_prompt() if unconditional else self.encode_prompt(prompt, features, features_mask)
+        if control is not None and "control" in self.transformer.takes:
+            sampling |= self.size_for(control, sampling.get("height"), sampling.get("width"))
+        one = unconditional or isinstance(prompt, str)
+        size = {name: sampling.get(name) for name in ("height", "width")}
+        cond = self.no_prompt() if unconditional else None
+        if features is not None:
+            cond = self.encode_prompt(None, features, features_mask)
+        captions = None if one else len(prompt) if cond is None else len(cond)  # type: ignore[arg-type]
+        steered = self.encode_control(control, control_strength, captions, **size)
+        if cond is None:
+            cond = self.encode_prompt(prompt)
+        if steered is not None and one:  # for each of the control images
+            cond = cond[torch.zeros(len(steered), dtype=torch.int64, device=self._execution_device)]
         null = self.transformer.null(cond)
         if negative_prompt is not None:
             null = self.encode_prompt(negative_prompt)
             if len(null) not in (1, len(cond)):
                 raise ValueError(f"{len(null)} negative prompts for {len(cond)} prompts; give one, or one a prompt")
+        if steered is not None:
+            cond = cond + steered
         rows = torch.arange(len(cond), device=self._execution_device).repeat_interleave(num_images_per_prompt)
         rng = make_rng(len(rows), generator, seed, rng).to(self._execution_device)
         images, stats = self.draw(
@@ -164,6 +184,7 @@ class TextToImagePipeline(ImagePipeline):
         texts = None
         if prompt is not None:
             given = [prompt] if isinstance(prompt, str) else list(prompt)
+            given = given * len(cond) if len(given) == 1 else given
             texts = [text for text in given for _ in range(num_images_per_prompt)]
         return ImageOutput(images=images, class_labels=None, stats=stats, prompts=texts)
 

@@ -22,6 +22,7 @@ from varkit.rng import Rng
 from varkit.training import finetune, lora
 from varkit.training.captions import Captions
 from varkit.training.codes import CodeMemory
+from varkit.training.control import ControlConfig, Controls
 from varkit.training.objectives.variants.arra import FrozenEncoder
 from varkit.training.objectives.variants.combined import Together, VariantConfig, Variants
 
@@ -35,6 +36,7 @@ class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
 
     tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), a released checkpoint or its file
     gradient_checkpointing: bool = False
+    control: ControlConfig | None = None  # control images that steer the generator (docs/control.md)
     sampling: dict[str, Any] = field(default_factory=dict)  # default sampler settings of the exported pipeline
 
     def __post_init__(self) -> None:
@@ -80,6 +82,7 @@ class GeneratorTraining(Objective):
         self.image_size = tokenizer.image_size
         self.model: Any = self._build(tokenizer)
         self.model.layout.require(tokenizer.layout, "the generator", f"tokenizer {config.tokenizer}")
+        self._steer()
         self.notes += finetune.prepare(self.model, config)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -92,6 +95,15 @@ class GeneratorTraining(Objective):
         self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
         self._pipeline()  # settings that the sampler does not know are refused now, not at the end
         self.variants = self._variants(tokenizer) if config.any_variant else None
+
+    def _steer(self) -> None:
+        """Make what reads control images. Raises ConfigError where generator and recipe do not agree on it."""
+        self.controls = None if self.config.control is None else Controls(self.config.control)
+        if self.controls is not None:
+            self.notes.append(self.controls.fit(self.model))
+        elif "control" in self.model.takes:
+            kinds = list(self.model.config.control.get("kinds", ()))
+            raise ConfigError(f"the model is steered by control images: give objective.control.kinds, such as {kinds}")
 
     def open_tokenizer(self) -> Any:
         """The frozen tokenizer."""
@@ -149,7 +161,7 @@ class GeneratorTraining(Objective):
     def check_codes(self, codes: CodeInfo) -> None:
         """Raises ConfigError when another tokenizer made them, or when what is trained needs the images."""
         require_same_tokenizer(self.frozen("tokenizer"), self.config.tokenizer, codes)
-        needy = [n for n in ("alignment", "self_generated") if getattr(self.config, n) is not None]
+        needy = [n for n in ("alignment", "self_generated", "control") if getattr(self.config, n) is not None]
         if needy:
             raise ConfigError(
                 f"objective.{needy[0]} reads the images, token files hold none; give the images in data.train"
@@ -161,10 +173,12 @@ class GeneratorTraining(Objective):
             self.notes += self.captions.check(name, texts)
 
     def cond(self, batch: dict[str, Any]) -> Cond:
-        """What the images of a batch are drawn from: their captions, or their classes."""
+        """What the images of a batch are drawn from: their captions or their classes, and their control images."""
         if self.captions is None:
-            return self.condition.encode(class_labels=batch["labels"].clamp_min(0))
-        return self.captions.encode(batch["texts"], self.model, batch["labels"].device)
+            cond = self.condition.encode(class_labels=batch["labels"].clamp_min(0))
+        else:
+            cond = self.captions.encode(batch["texts"], self.model, batch["labels"].device)
+        return cond if self.controls is None else cond + self.controls.encode(batch["images"])
 
     def tokens(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
         """The codes of a batch of images or of token files, (B, L). Args: rng: of tokenizers that draw."""
@@ -203,18 +217,24 @@ class GeneratorTraining(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
-        """Up to ten classes, five images each, or one image a caption, by the sampler's default settings."""
-        if self.captions is not None:
+        """Up to ten classes, five images each, or one image a caption, by the sampler's default settings.
+
+        Where control images steer, each of them, and beside it an image that it led to.
+        """
+        if self.captions is not None or self.controls is not None:
             cond = self.cond(batch)
             images = self._pipeline().draw(
                 cond,
-                self.model.null(cond),
+                self.condition.null(cond) if self.captions is None else self.model.null(cond),
                 Rng.from_seed(0, len(cond)).to(batch["labels"].device),
                 known=None,
                 output_type="pt",
                 callback=None,
             )[0]
-            return images * 2 - 1
+            images = images * 2 - 1
+            if cond.control is None:
+                return images
+            return torch.cat([cond.control.to(images), images[:, None]], 1).flatten(0, 1)
         classes = torch.arange(self.model.num_classes, device=batch["labels"].device)[:10]
         out = self._pipeline()(
             class_labels=classes.repeat(5).tolist(), rng=Rng.from_seed(0, 5 * len(classes)), output_type="pt"

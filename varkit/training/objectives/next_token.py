@@ -10,10 +10,17 @@ from __future__ import annotations
 from inspect import signature
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from varkit.config import ConfigError, config
+from varkit.data.codes import CodeInfo
 from varkit.generators.rar import random_ratio
+from varkit.interfaces import Losses
+from varkit.rng import Rng
 from varkit.training.captions import Captions
 from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
+from varkit.training.sizes import Sizes, brought_to
 
 ORDERS = (0.5, 0.75)
 """RAR's shares of the run."""
@@ -29,6 +36,7 @@ class Config(GeneratorConfig):
     random_orders: tuple[float, float] | None = None  # RAR: shares of the run until which all images, and after which
     # none, come in a random order; None: 0.5 and 0.75
     features: str | None = None  # of a generator of texts: a folder of `varkit features` with all captions
+    sizes: Sizes | None = None  # of images, drawn for each batch; None: always the tokenizer's
     text_encoder: str | None = None  # instead: a transformers encoder that makes them anew for each batch
 
     def __post_init__(self) -> None:
@@ -41,6 +49,8 @@ class Config(GeneratorConfig):
             )
         if self.features is not None and self.text_encoder is not None:
             raise ConfigError("objective.features and objective.text_encoder both make features of captions: give one")
+        if self.sizes is not None and self.any_variant:
+            raise ConfigError("objective.sizes does not go with objectives that change the loss; leave one of them out")
         super().__post_init__()
 
 
@@ -58,6 +68,27 @@ class Training(GeneratorTraining):
         if config.gradient_checkpointing and not self.kind._supports_gradient_checkpointing:
             raise ConfigError(f"objective.gradient_checkpointing: {self.kind.__name__} has none")
         super().__init__(config, classes)
+        if config.sizes is not None:
+            config.sizes.check(self.model, self.frozen("tokenizer"))
+
+    def check_codes(self, codes: CodeInfo) -> None:
+        super().check_codes(codes)
+        if self.config.sizes is not None:
+            raise ConfigError("objective.sizes resizes images, token files hold none; give the images in data.train")
+
+    def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
+        """At a size of this batch in training, at the tokenizer's own in validation."""
+        if self.config.sizes is None or not self.training:
+            return super()._losses(batch, rng, **options)
+        own, size = self.frozen("tokenizer"), self.config.sizes.draw(rng)
+        patch = own.image_size[0] // own.layout.grids[-1][0]
+        grid = (size[0] // patch, size[1] // patch)
+        batch = {**batch, "images": brought_to(batch["images"], size)}
+        with torch.no_grad():
+            tokenizer = own.resized(grid)
+            tokens = tokenizer.encode(batch["images"])
+            inputs = tokenizer.embed(tokens)
+        return self.model.resized(grid).training_loss(tokens, inputs, self.cond(batch), rng, **options)
 
     def _open_captions(self, config: Config, condition: str) -> None:
         """Raises ConfigError when a generator of texts has no source of features, or one of classes has one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +141,15 @@ def test_token_files_hold_no_images_to_extract_from(plain: Path, monkeypatch: py
     monkeypatch.setattr("varkit.training.objectives.generation.require_same_tokenizer", lambda *_: None)
     with pytest.raises(ConfigError, match=r"objective\.control reads the images"):
         own.check_codes(CodeInfo.__new__(CodeInfo))
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="needs the extra lora")
+def test_lora_adapts_the_generator_and_what_is_new_is_trained_in_full(plain: Path, tmp_path: Path) -> None:
+    """The control encoder's blocks have the names of VAR's, and no adapter."""
+    own = objective(plain, lora={"rank": 2})
+    trained = {n for n, p in own.model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "lora" not in n} == {n for n in own.model.state_dict() if n.startswith("controller.")}
+    assert not any("lora" in n for n in own.model.state_dict() if n.startswith("controller."))
+    loss(own, batch()).backward()
+    own.export(tmp_path)
+    assert AutoPipeline.from_pretrained(tmp_path).transformer.takes == {"class", "control"}

@@ -75,7 +75,18 @@ def add_adapter(model: Any, plan: LoRA, beside: Sequence[str] = ()) -> str:
     names = targeted(model, plan.targets or model.lora_targets)
     parameters = dict(model.named_parameters())
     kept = [name for name in beside if parameters[name].requires_grad]
-    settings = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, target_modules=names)  # type: ignore[arg-type]
+    alike = [  # peft matches ends of names: a control encoder has blocks as the generator has
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name not in names and name.endswith(tuple(f".{n}" for n in names))
+    ]
+    settings = LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        lora_dropout=plan.dropout,
+        target_modules=names,  # type: ignore[arg-type]
+        exclude_modules=alike or None,
+    )
     inject_adapter_in_model(settings, model)  # also freezes all the rest
     settings.modules_to_save = [name.rpartition(".")[0] for name in kept] or None
     for name in kept:

@@ -241,6 +241,24 @@ def data_fashion(
     typer.echo(f"wrote {', '.join(f'{split}.npz ({n} images)' for split, n in counts.items())} into {out}")
 
 
+@data_app.command("emoji")
+@refusing
+def data_emoji(
+    out: Annotated[Path, typer.Argument(help="Folder to make, with train/ and test/ in it.")] = Path("data/emoji"),
+    sources: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Each package as a .tgz file or an unpacked folder, instead of a download."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write emoji of Google and Twitter, 64x64, with captions; fetched from the npm registry (136 MB)."""
+    from varkit.data.emoji import prepare_emoji
+
+    counts = prepare_emoji(out, sources or (), announce=say, progress=sys.stderr.isatty() and not as_json)
+    told = ", ".join(f"{split} ({n} images)" for split, n in counts.items())
+    typer.echo(json.dumps({"folder": str(out), "images": counts}) if as_json else f"{out} holds {told} and CREDITS.txt")
+
+
 @app.command()
 @refusing
 def tokenize(

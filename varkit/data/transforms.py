@@ -24,7 +24,7 @@ log = logging.getLogger("varkit.data")
 Mode = Literal["crop", "center", "pad", "squash", "shift"]
 
 RANDOM_MODES = ("crop", "shift")
-SHIFT = 1 / 16
+SHIFT = 1 / 32
 """Images of mode `shift` move by up to this share of their sides."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -75,7 +75,7 @@ class ImageTransform:
     mode: Mode = "crop"
     """crop: resize to cover `enlarge` * size, cut a random window.  center: cut the middle instead.
     pad: no resizing, centred on black (-1).  squash: resize to `size`, aspect ratio not kept.
-    shift: the same, then moved by up to 1/16 of the sides at random; what comes in repeats the edge."""
+    shift: the same, then moved by up to 1/32 of the sides at random; what comes in repeats the edge."""
     enlarge: float = 1.125
     """crop and center only: the shorter side becomes round(enlarge * size); at least 1."""
     flip: bool = False

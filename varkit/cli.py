@@ -15,6 +15,7 @@ import varkit
 from varkit.commands import bench as of_bench
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
+from varkit.commands import retrieval as of_retrieval
 from varkit.commands import sample as of_sample
 from varkit.commands import trajectories as of_trajectories
 from varkit.commands.common import Device, Dtype, Json, numbers, refusing, say
@@ -347,6 +348,7 @@ app.command()(of_bench.bench)
 app.command()(of_features.features)
 app.command()(of_latents.latents)
 app.command()(of_trajectories.trajectories)
+app.command()(of_retrieval.retrieval)
 
 
 @app.command()

@@ -62,10 +62,9 @@ def byte_encoder(width: int, depth: int, heads: int, *, pool: int = 1, dropout: 
     if width % heads:
         raise ValueError(f"the text encoder's width {width} must be a multiple of its heads {heads}")
     tokenizer = ByT5Tokenizer(extra_ids=0)
-    sizes = {"d_model": width, "d_kv": width // heads, "d_ff": 4 * width, "num_layers": depth, "num_heads": heads}
-    config = T5Config(
-        vocab_size=len(tokenizer), dropout_rate=dropout, feed_forward_proj="gated-gelu", pool=pool, **sizes
-    )
+    sizes: dict[str, Any] = {"d_model": width, "d_kv": width // heads, "d_ff": 4 * width, "pool": pool}
+    sizes |= {"num_layers": depth, "num_heads": heads, "dropout_rate": dropout, "feed_forward_proj": "gated-gelu"}
+    config = T5Config(vocab_size=len(tokenizer), **sizes)
     return T5EncoderModel(config), tokenizer
 
 

@@ -85,7 +85,9 @@ class Captions:
 
     def _length(self) -> int | None:
         """Features of a caption, where the generator does not decide it."""
-        return self.condition.max_length if self.trains else self.stored and self.stored.info.max_length
+        if self.stored is not None:
+            return self.stored.info.max_length
+        return self.condition.max_length if self.trains else None
 
     def fit(self, model: Any) -> None:
         """Serve this generator. Raises ConfigError when it reads features of other sizes."""

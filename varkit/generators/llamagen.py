@@ -502,7 +502,9 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         """
         if self.training:
             cond = self.drop_condition(cond, rng)
-        out = self._run(inputs, cond, hidden_layer)
+        given = (cond.labels,) if cond.vector is not None else cond.text
+        steering = {"control": cond.control, "control_weight": cond.control_weight}
+        out = self(inputs, *given, hidden_layer=hidden_layer, **steering)  # by __call__, which torch.compile replaces
         logits, hidden = (out, None) if hidden_layer is None else out
         if weight is None:
             weight = torch.full_like(logits[..., 0], 1 / self.layout.length)
@@ -610,6 +612,20 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
             ("_base", "base", None, "released at 512x512"),
         )
     },
+    "llamagen_emoji": (
+        {
+            "num_classes": None,
+            "text_length": 16,
+            "text_dim": 128,
+            "depth": 6,
+            "hidden_size": 224,
+            "num_heads": 7,
+            "grid": 8,
+            "codebook_size": 1024,
+        },
+        "vq_emoji",
+        "captioned drawings of 64x64 pixels, with a text encoder of 128 numbers, 4.8 M parameters",
+    ),
     "llamagen_fashion": (
         {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8, "codebook_size": 512},
         "vq_fashion",

@@ -45,7 +45,7 @@ def _real() -> dict[str, torch.Tensor]:
 
 
 def test_what_ships_is_small_and_holds_no_code() -> None:
-    assert {"fashion-var", "fashion-llamagen", "fashion-flextok", "fashion-xar", "fashion-flowar"} <= set(zoo_models())
+    assert {"fashion-var", *CARDS} <= set(zoo_models())
     files = [p for p in ZOO.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") <= 50_000_000
     assert sum(p.stat().st_size for p in files if FOLDER in p.parents) <= 14_000_000
@@ -72,6 +72,7 @@ CARDS = {
     "fashion-llamagen": (5000, "fashion_llamagen", ("samples", "reconstructions", "curves")),
     "fashion-xar": (1000, "fashion_xar", ("samples", "reconstructions", "curves")),
     "fashion-flowar": (1000, "fashion_flowar", ("samples", "reconstructions", "curves")),
+    "fashion-var-one-step": (10000, "fashion_distilled_var", ("samples", "reconstructions", "curves")),
     "fashion-flextok": (
         1000,
         "fashion_flextok_ar",

@@ -208,6 +208,12 @@ def test_sets_of_several_images_and_what_is_reported(pipe: TextToImagePipeline) 
     assert torch.equal(both.images[2], prompts[0])
     away = ids(pipe, phrases=["red", "dog"], negative_prompt="blue")
     assert not torch.equal(away, ids(pipe, phrases=["red", "dog"]))
+    image = torch.rand(1, 3, *pipe.image_tokenizer.image_size) * 2 - 1
+    edits = [
+        pipe.edit(image, box=(0, 0, 0.5, 1), phrases=list(some), seed=0, output_type="pt").images
+        for some in permutations(["red", "dog"])
+    ]
+    assert torch.equal(*edits)
     with pytest.raises(ValueError, match="one of prompt=, phrases= and features="):
         pipe("dog", phrases=["red"])
     pipe.transformer.reads_phrases = False
@@ -267,6 +273,7 @@ def test_a_share_of_the_captions_is_read_as_sets(encoder: Path, tokenizer: str, 
     torch.testing.assert_close(some.sequence[:1], condition.sequence, atol=1e-5, rtol=1e-5)  # type: ignore[index]
     none = cond(0.6, 0.6, 0.6, 0.6, 0.6, 0.6)
     assert torch.equal(none.sequence, whole.sequence) and not none.phrase.any()  # type: ignore[arg-type, union-attr]
+    liven(own.model)  # the output of a new one is zero, and learns first
     own.train()
     losses = own(batch, "main", 0, 10, Rng.from_seed(0, 6))
     losses["loss"].backward()

@@ -14,7 +14,7 @@ from tests.test_models import liven
 from tests.test_text import _encoder, ids  # noqa: F401
 from tests.test_text_training import _tokenizer, captioned  # noqa: F401
 from varkit import AutoPipeline, ClassToImagePipeline, NextGroupSampler, Rng, TextToImagePipeline
-from varkit.conditioning.text import TextCondition, room, side_by_side
+from varkit.conditioning.text import TextCondition, set_length, side_by_side
 from varkit.config import ConfigError
 from varkit.generators.llamagen import LlamaGen, apart
 from varkit.interfaces import JOINT, Cond
@@ -55,7 +55,7 @@ def test_phrases_stand_side_by_side_and_what_reads_all_comes_last() -> None:
     a, b = phrases(3, 2)
     cond = side_by_side([[a, b], [b]], 9)
     sequence, mask = cond.text
-    assert cond.phrase is not None and mask.sum(1).tolist() == [room([3, 2]), room([2])] == [6, 2]
+    assert cond.phrase is not None and mask.sum(1).tolist() == [set_length([3, 2]), set_length([2])] == [6, 2]
     assert cond.phrase.tolist() == [[0] * 3 + [0] * 3 + [1] * 2 + [JOINT], [0] * 9]
     torch.testing.assert_close(sequence[0, 3:8], torch.cat([a, b]))
     torch.testing.assert_close(sequence[0, 8], (a[-1] + b[-1]) / 2)
@@ -133,6 +133,10 @@ def test_logits_do_not_depend_on_the_order_and_by_the_ordinary_mask_they_do() ->
     sentences = [Cond(sequence=c.sequence, mask=c.mask) for c in orders]
     read = [network.teacher_forced(inputs, cond).logits for cond in sentences]
     assert min((other - read[0]).abs().max() for other in read[1:]) > 1e-2
+    losses = [
+        float(network.training_loss(inputs, inputs, c, Rng.from_seed(0, 1))["loss"]) for c in (*orders, *sentences)
+    ]
+    assert max(losses[:6]) - min(losses[:6]) < 1e-4 and max(losses[6:]) - min(losses[6:]) > 1e-3
     # no mask at all between phrases but for the last entry would not do either: it must read all of them
     blind = [Cond(sequence=c.sequence, mask=c.mask, phrase=c.phrase.masked_fill(c.phrase == JOINT, 9)) for c in orders]  # type: ignore[union-attr]
     assert (network.teacher_forced(inputs, blind[0]).logits - seen[0])[:, 0].abs().max() > 1e-2
@@ -214,7 +218,7 @@ def test_sets_of_several_images_and_what_is_reported(pipe: TextToImagePipeline) 
         for some in permutations(["red", "dog"])
     ]
     assert torch.equal(*edits)
-    with pytest.raises(ValueError, match="one of prompt=, phrases= and features="):
+    with pytest.raises(ValueError, match="give prompt=, phrases= or features=, not both"):
         pipe("dog", phrases=["red"])
     pipe.transformer.reads_phrases = False
     with pytest.raises(ValueError, match="LlamaGen cannot read a set of phrases: give prompt="):
@@ -282,6 +286,23 @@ def test_a_share_of_the_captions_is_read_as_sets(encoder: Path, tokenizer: str, 
     pipe = AutoPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     assert torch.equal(ids(pipe, phrases=["red cat", "the mat"]), ids(pipe, phrases={"the mat", "red cat"}))
+
+
+def test_an_encoder_that_learns_along_learns_from_sets(tokenizer: str) -> None:
+    """One of bytes, of which several are a feature."""
+    own = objective(Path(), tokenizer, text_encoder={"width": 12, "depth": 1, "heads": 2, "length": 36, "pool": 4})
+    texts = ["red cat, the mat", "a dog"]
+    own.check_texts("data.train", texts)
+    liven(own.model)
+    own.train()
+    height, width = own.image_size
+    batch = {"images": torch.zeros(2, 3, height, width), "labels": torch.zeros(2, dtype=torch.int64), "texts": texts}
+    cond = own.cond(batch, RecordedRng(uniform={Draw.PHRASES: torch.zeros(2, 1)}))
+    assert (cond.phrase == JOINT).any(1).tolist() == [True, False]
+    assert cond.text[1][0].sum() == set_length([2, 2])  # 7 bytes and the end of each
+    cond.text[0][0].square().sum().backward()  # of the set alone
+    grads = [p.grad for p in own.captions.network.parameters() if p.grad is not None]
+    assert sum(g.abs().sum() for g in grads) > 0
 
 
 @pytest.mark.parametrize(

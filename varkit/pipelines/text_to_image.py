@@ -149,7 +149,7 @@ class TextToImagePipeline(ImagePipeline):
         """
         self.check_call(output_type, num_images_per_prompt)
         if [prompt, phrases, features].count(None) < 2:
-            raise ValueError("give one of prompt=, phrases= and features=")
+            raise ValueError("give prompt=, phrases= or features=, not both")
         if phrases is not None and not self.transformer.reads_phrases:
             raise ValueError(f"{type(self.transformer).__name__} cannot read a set of phrases: give prompt=")
         self.sampler.settings(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule)

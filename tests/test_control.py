@@ -223,6 +223,30 @@ def test_kinds_are_told_apart_and_named_ones_are_needed_in_full() -> None:
         control(image, one, ((8,),))
 
 
+def test_several_controls_in_any_order_of_their_mapping_are_the_same() -> None:
+    """Given in another order, or known to another model in another order: what they add is summed."""
+    first, second = pictures(2)[:, 0], pictures(2, size=SIZE)[:, 0].flip(2)
+    both = {"canny": first, "depth": second}
+    turned = dict(reversed(both.items()))
+    condition = ControlCondition(SIZE, ("canny", "depth"))
+    a, b = (condition.encode(control=x, strength={"canny": 0.5}) for x in (both, turned))
+    assert torch.equal(a.control, b.control) and torch.equal(a.control_weight, b.control_weight)
+    model = var(control={**SMALL, "kinds": ["canny", "depth"]})
+    labels = Cond(torch.tensor([0, 1]))
+    assert torch.equal(draw(model, labels + a), draw(model, labels + b))
+    other = var(control={**SMALL, "kinds": ["depth", "canny"]})
+    other.load_state_dict({k: v.flip(0) if k == "controller.kind_embed" else v for k, v in model.state_dict().items()})
+    c = ControlCondition(SIZE, ("depth", "canny")).encode(control=both, strength={"canny": 0.5})
+    inputs = torch.randn(2, model.layout.length, 4)
+    with torch.no_grad():
+        x, y = (m.teacher_forced(inputs, labels + s).logits for m, s in ((model, a), (other, c)))
+        torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-4)
+        wrong = ControlCondition(SIZE, ("depth", "canny")).encode(
+            control={"canny": second, "depth": first}, strength={"canny": 0.5}
+        )
+        assert (other.teacher_forced(inputs, labels + wrong).logits - y).abs().max() > 1e-2
+
+
 def test_what_is_new_adds_nothing_until_it_has_learned() -> None:
     """As intended; as released, the encoder's own weights are lost and something is added from the first step."""
     control, images, grids = Control(16, 3, **SMALL), pictures(1), ((4, 6),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self, cast
 
 import torch
@@ -24,6 +24,10 @@ Losses = dict[str, Tensor]
 """Named scalars; `loss` is the one to minimise, the others are for the log."""
 
 
+JOINT = -1
+"""In `Cond.phrase`: of what reads all phrases."""
+
+
 @dataclass(frozen=True)
 class Cond:
     """An encoded condition of B images: a class, a text, control images, or some of them at once.
@@ -32,6 +36,8 @@ class Cond:
     sequence, mask: features (B, T, D) float, such as a text's, and where they are real, (B, T) bool.
     control, control_weight: K control images each, (B, K, 3, H, W) float in [-1, 1], and how strongly each steers,
         (B, K) float, 0 where it is absent.
+    phrase: of a sequence that is a set of phrases, (B, T) int64: the phrase that each feature belongs to, which reads
+        no other one; JOINT (the last one) reads all. None: each sequence is one phrase.
     """
 
     vector: Tensor | None = None
@@ -39,6 +45,7 @@ class Cond:
     mask: Tensor | None = None
     control: Tensor | None = None
     control_weight: Tensor | None = None
+    phrase: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.vector is None and self.sequence is None and self.control is None:
@@ -47,13 +54,15 @@ class Cond:
             raise ValueError("a sequence and its mask come together")
         if (self.control is None) != (self.control_weight is None):
             raise ValueError("control images and their weights come together")
+        if self.phrase is not None and (self.mask is None or self.phrase.shape != self.mask.shape):
+            raise ValueError("phrase says of each feature of a sequence to which phrase it belongs: (B, T), as mask")
 
     def __len__(self) -> int:
         return len(next(t for t in self._parts if t is not None))
 
     @property
     def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.vector, self.sequence, self.mask, self.control, self.control_weight
+        return self.vector, self.sequence, self.mask, self.control, self.control_weight, self.phrase
 
     @property
     def labels(self) -> Tensor:
@@ -83,7 +92,7 @@ class Cond:
         """Both conditions of the same images. Raises ValueError where both hold the same part, or of other images."""
         if len(self) != len(other):
             raise ValueError(f"conditions of {len(self)} and of {len(other)} images cannot be joined")
-        names = ("vector", "sequence", "mask", "control", "control_weight")
+        names = ("vector", "sequence", "mask", "control", "control_weight", "phrase")
         for name, a, b in zip(names, self._parts, other._parts, strict=True):
             if a is not None and b is not None:
                 raise ValueError(f"both conditions hold a {name}; join conditions of different parts")
@@ -91,11 +100,15 @@ class Cond:
         return Cond(*[b if a is None else a for a, b in pairs])
 
     def _faded(self, like: Cond) -> Cond:
-        """With control images as those of `like`, of weight 0, where it has none and `like` has some."""
-        if self.control is not None or like.control is None or like.control_weight is None:
-            return self
-        shapes = [t.new_zeros(len(self), *t.shape[1:]) for t in (like.control, like.control_weight)]
-        return Cond(self.vector, self.sequence, self.mask, *shapes)
+        """With control images as those of `like`, of weight 0, where it has none and `like` has some; and each sequence
+        one phrase, where those of `like` are several."""
+        same = self
+        if self.control is None and like.control is not None and like.control_weight is not None:
+            image, weight = (t.new_zeros(len(self), *t.shape[1:]) for t in (like.control, like.control_weight))
+            same = replace(same, control=image, control_weight=weight)
+        if self.phrase is None and like.phrase is not None and self.mask is not None:
+            same = replace(same, phrase=torch.zeros_like(self.mask, dtype=torch.int64))
+        return same
 
     def beside(self, other: Cond | None) -> Cond:
         """This condition with the rows of `other` below it: what a guided batch is conditioned on.
@@ -279,6 +292,9 @@ class Generator(ABC):
         """All that it is conditioned on: its `condition`, and `control` where it has a network for control images."""
         steered = getattr(self, "controller", None) is not None
         return frozenset({self.condition, "control"} if steered else {self.condition})
+
+    reads_phrases: bool = False
+    """Of a generator of texts: whether it can read a set of phrases (`Cond.phrase`) whose order has no meaning."""
 
     mask_id: int | None = None
     """Of a generator that reads ids: the id that it reads where an input is masked, if it has one."""

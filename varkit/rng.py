@@ -38,6 +38,7 @@ class Draw(IntEnum):
     LATENT_RESIDUAL = 10  # proposals in place of one that is not, and whether they are accepted
     CONTROL_DROP = 12  # dropping control images alone in training
     SIZE = 13  # the size of the images of a batch in training
+    PHRASES = 14  # whether a caption is read as a set of phrases in training
     INPUT_MASK = 20  # which inputs are masked in training
     OWN_TOKEN = 21  # where the model's own tokens stand in for true ones in training
     PREFIX = 22  # how much of a sequence is shown in training

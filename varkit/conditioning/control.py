@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from varkit.conditioning.control_encoder import ControlEncoder
+from varkit.conditioning.label import drop_labels
 from varkit.interfaces import Cond, Condition
 from varkit.layout import Grid
 from varkit.rng import Draw, Rng
@@ -37,6 +38,9 @@ Pictures = Picture | Sequence[Image.Image]
 Controls = Pictures | Mapping[str, Pictures]
 """One control, or several by kind. Each is one image for all, or one an image."""
 Strength = float | Sequence[float] | Tensor | Mapping[str, float | Sequence[float] | Tensor]
+
+NO_DECAY = ("cls_token", "pos_embed", "kind_embed")
+"""Names of the network's parameters that are trained without weight decay, besides biases and 1-D tensors."""
 
 Fused = dict[int, Tensor]
 """What is added before a block, by its number: (B, L, C) each."""
@@ -341,7 +345,7 @@ class Controlled:
     """For a generator, beside its other bases: it may have a network for control images, named `controller`.
 
     Its constructor takes `control`, the arguments of `Control` after the first two or None, and `control_drop_rate`,
-    and calls `add_control`.
+    and calls `add_control`. Its blocks are `depth` of its config, or the sum of `depths`, of stacks.
     """
 
     layout: Any
@@ -357,14 +361,16 @@ class Controlled:
         if bad := [grid for grid in self.layout.grids if len(grid) != 2]:
             raise ValueError(f"control needs tokens that have a place in the image; this model has the grid {bad[0]}")
         try:
-            self.controller = Control(self.config.hidden_size, self.config.depth, **settings)
+            depth = sum(self.config.depths) if "depths" in self.config else self.config.depth
+            self.controller = Control(self.config.hidden_size, depth, **settings)
         except TypeError as error:
             raise ValueError(f"control= has encoder, kinds and resize: {error}") from None
         self.register_to_config(control=dict(settings))
 
-    def fuse(self, cond: Cond) -> Fused | None:
+    def fuse(self, cond: Cond, order: Tensor | None = None) -> Fused | None:
         """What the control images of `cond` add; None where there are none.
 
+        Args: order: (L,) positions in the order in which the hidden states stand; None is that of the layout.
         Raises: ValueError when there are some and the generator takes none.
         """
         if cond.control is None or cond.control_weight is None:
@@ -374,7 +380,8 @@ class Controlled:
                 f"this {type(self).__name__} takes no control images: leave control out, or take a model that was "
                 f"trained with them (docs/control.md)"
             )
-        return self.controller(cond.control, cond.control_weight, self.layout.grids)
+        fused: Fused = self.controller(cond.control, cond.control_weight, self.layout.grids)
+        return fused if order is None else {layer: x[:, order] for layer, x in fused.items()}
 
 
 def dropped(weight: Tensor | None, rows: Tensor, rng: Rng, rate: float) -> Tensor | None:
@@ -387,3 +394,15 @@ def dropped(weight: Tensor | None, rows: Tensor, rng: Rng, rate: float) -> Tenso
         u = rng.uniform(torch.arange(weight.shape[1]), Draw.CONTROL_DROP)  # B K
         gone = gone | (u.to(weight.device) < rate)
     return weight.masked_fill(gone, 0)
+
+
+def dropped_together(cond: Cond, rng: Rng, rate: float, null: int, alone: float) -> tuple[Tensor, Tensor | None]:
+    """Class ids (B,) and weights of controls (B, K) in training: with probability `rate` an image has neither, and with
+    probability `alone` a control is left out by itself. Args: null: the class that stands for none."""
+    gone = drop_labels(torch.zeros_like(cond.labels), rng, rate, 1).bool()
+    return cond.labels.masked_fill(gone, null), dropped(cond.control_weight, gone, rng, alone)
+
+
+def first_rows(fused: Fused | None, count: int) -> Fused | None:
+    """Of the first rows alone: for a batch that is run without its unconditional half."""
+    return fused and {layer: x[:count] for layer, x in fused.items()}

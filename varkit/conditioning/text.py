@@ -1,4 +1,9 @@
-"""Text as a condition: features of a text encoder, padded on the left.
+"""Text as a condition: features of a text encoder, padded on the left; of a prompt, or of a set of phrases.
+
+A set has no order (set-based prompting, arXiv 2406.06581): each phrase is encoded by itself, phrases stand side by side
+and read none but themselves. Behind several stands one feature that reads all, the mean of their last ones: what comes
+next is predicted there, and the end of whichever phrase stands last would know that phrase alone. The paper's models
+need none, their sets being followed by more text. One phrase is a prompt, to the bit.
 
 Source: FoundationVision/LlamaGen: language/t5.py, autoregressive/sample/sample_t2i.py (ce98ec4).
 """
@@ -6,7 +11,7 @@ Source: FoundationVision/LlamaGen: language/t5.py, autoregressive/sample/sample_
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varkit.conditioning.captions import clean_caption
-from varkit.interfaces import Cond, Condition
+from varkit.interfaces import JOINT, Cond, Condition
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,34 @@ def left_padded(sequence: Tensor, mask: Tensor) -> Cond:
     rolled = sequence.gather(1, index[..., None].expand_as(sequence))
     visible = mask.gather(1, index)
     return Cond(sequence=rolled * visible[..., None].to(sequence), mask=visible.bool())
+
+
+Phrases = Collection[str] | Sequence[Collection[str]]
+"""A set of phrases, or one for each image."""
+
+
+def side_by_side(phrases: Sequence[Sequence[Tensor]], length: int) -> Cond:
+    """Sets of phrases as one condition, real features last.
+
+    Args: phrases: of each image, the features (n, E) of its phrases.   length: T, which all of a set must fit in
+        (`set_length`).
+    """
+    first = phrases[0][0]
+    sequence = first.new_zeros(len(phrases), length, first.shape[-1])
+    phrase = torch.zeros(sequence.shape[:2], dtype=torch.int64, device=first.device)
+    mask = torch.zeros_like(phrase, dtype=torch.bool)
+    for i, own in enumerate(phrases):
+        row, number = torch.cat(list(own)), [k for k, features in enumerate(own) for _ in features]
+        if len(own) > 1:
+            row, number = torch.cat([row, torch.stack([f[-1] for f in own]).mean(0)[None]]), [*number, JOINT]
+        sequence[i, -len(row) :], mask[i, -len(row) :] = row, True
+        phrase[i, -len(row) :] = torch.tensor(number, device=first.device)
+    return Cond(sequence=sequence, mask=mask, phrase=phrase)
+
+
+def set_length(lengths: Sequence[int]) -> int:
+    """Features that a set of phrases of these lengths takes: those of several have one more."""
+    return sum(lengths) + (len(lengths) > 1)
 
 
 def pooled(states: Tensor, mask: Tensor, pool: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +102,7 @@ def byte_encoder(width: int, depth: int, heads: int, *, pool: int = 1, dropout: 
 
 
 class TextCondition(Condition):
-    """Prompts, or features made of them before, as a condition.
+    """Prompts, sets of phrases, or features made of prompts before, as a condition.
 
     Args:
         encoder: a transformers encoder (such as a T5EncoderModel), or the name or folder of one (T5 and whatever else
@@ -118,6 +151,7 @@ class TextCondition(Condition):
         self,
         *,
         prompt: str | Sequence[str] | None = None,
+        phrases: Phrases | None = None,
         features: Tensor | str | Path | Sequence[str | Path | Tensor] | None = None,
         mask: Tensor | None = None,
         **_: Any,
@@ -126,12 +160,17 @@ class TextCondition(Condition):
 
         Args:
             prompt: one text or several. An empty one is an error: no condition at all is `null`.
+            phrases: instead of prompts: a set of phrases, or one for each image. Neither their order nor what is said
+                twice counts. Nothing is cut: which phrase would it be?
             features: instead of prompts: (B, T, E) padded on the right, with `mask` (B, T); or for each caption a
                 tensor (n, E) of its n tokens, or a file, .npy or .safetensors, that holds (n, E) or (1, n, E).
-        Raises: ValueError on an empty or (strict) too long prompt, or other shapes; FileNotFoundError.
+        Raises: ValueError on an empty or (strict) too long prompt, an empty phrase, a set that is too long, or other
+            shapes; FileNotFoundError.
         """
-        if (prompt is None) == (features is None):
-            raise ValueError("give exactly one of prompt= and features=")
+        if [prompt, phrases, features].count(None) != 2:
+            raise ValueError("give exactly one of prompt=, phrases= and features=")
+        if phrases is not None:
+            return self._from_phrases(self.sets(phrases))
         if features is not None:
             return self._from_features(features, mask)
         texts = self.cleaned([prompt] if isinstance(prompt, str) else list(prompt or ()))
@@ -192,6 +231,42 @@ class TextCondition(Condition):
                 raise ValueError(f"prompt {i}: {why}. Write what to draw; without any condition, leave prompt out")
             texts.append(text)
         return texts
+
+    def sets(self, phrases: Phrases) -> list[list[str]]:
+        """Of each image its phrases as they are encoded, each once, sorted. Raises ValueError on empty ones."""
+        if isinstance(phrases, str) or not isinstance(phrases, Collection) or not phrases:
+            raise ValueError(
+                f"phrases must be a set of phrases such as ['waving hand', 'medium skin tone'], or a list of such "
+                f"sets, one an image; got {phrases!r:.80}"
+            )
+        each = [phrases] if all(isinstance(p, str) for p in phrases) else list(phrases)
+        made = []
+        for i, own in enumerate(each):
+            if isinstance(own, str) or not isinstance(own, Collection) or not own:
+                raise ValueError(f"phrases of image {i} must be a set of one phrase or more; got {own!r:.80}")
+            texts = {p: as_read(p, self.clean) if isinstance(p, str) else "" for p in own}
+            if empty := [p for p, text in texts.items() if not text]:
+                raise ValueError(f"phrases of image {i}: {empty[0]!r} says nothing. Leave it out, or write a phrase")
+            made.append(sorted(set(texts.values())))
+        return made
+
+    def _from_phrases(self, sets: list[list[str]]) -> Cond:
+        flat = [text for own in sets for text in own]
+        lengths = iter(self.lengths(flat))
+        for own in sets:
+            taken = [next(lengths) for _ in own]
+            if set_length(taken) > self.max_length:
+                raise ValueError(
+                    f"the {len(own)} phrases from {own[0][:40]!r} on take {set_length(taken)} tokens together; "
+                    f"{self.max_length} are read: leave some out, or shorten them"
+                )
+        return side_by_side(self.phrase_rows(sets), self.max_length)
+
+    def phrase_rows(self, sets: Sequence[Sequence[str]]) -> list[list[Tensor]]:
+        """The features (n, E) of each phrase, encoded by itself. Args: sets: of each image, as `sets` gives them."""
+        states, real = self.states([text for own in sets for text in own])
+        rows = iter([row[keep] for row, keep in zip(states, real.bool(), strict=True)])
+        return [[next(rows) for _ in own] for own in sets]
 
     def _from_features(self, features: Any, mask: Tensor | None) -> Cond:
         if isinstance(features, Tensor):

@@ -23,7 +23,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.conditioning.label import drop_labels
+from varkit.conditioning.control import NO_DECAY as CONTROL_NO_DECAY
+from varkit.conditioning.control import Controlled, Fused, dropped_together
 from varkit.entities import (
     ContextNoise,
     Entity,
@@ -47,10 +48,13 @@ from varkit.tokenizers.latent_pyramid import LatentPyramid
 
 
 class EntityState(State):
-    """The cache, the class vectors, and the entities drawn so far."""
+    """The cache, the class vectors, and the entities drawn so far.
 
-    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool) -> None:
-        self.cache, self.vectors, self.guided = cache, vectors, guided
+    fused: what control images add, in the order of turns, or None.
+    """
+
+    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool, fused: Fused | None = None) -> None:
+        self.cache, self.vectors, self.guided, self.fused = cache, vectors, guided, fused
         self.drawn: list[Tensor] = []  # (B, n) or (B, n, C) each
 
     @property
@@ -72,7 +76,7 @@ class EntityState(State):
         self.cache.reset()
 
 
-class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+class EntityAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional transformer over entities, and the head that draws them.
 
     Args:
@@ -87,17 +91,27 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         context_noise: how what is read is noised in training, see `ContextNoise`.
         dropout, attention_dropout: in training, of what attention gives and of its weights.
         cond_drop_rate: how often a label becomes the null class in training.
-    Raises: ValueError on an impossible combination.
+        control: arguments of `Control`, for a model that control images steer too.
+        control_drop_rate: how often a control is left out in training while the class stays.
+    Raises: ValueError on an impossible combination, or on a bad argument of `Control`.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("ModulatedBlock",)
     training_options = frozenset({"weight", "hidden_layer"})
-    no_decay = ("pos_embed_learned",)
+    no_decay = ("pos_embed_learned", *CONTROL_NO_DECAY)
     class_embedding = "class_emb"
     lora_targets = TRUNK_LORA
     free_arguments = frozenset(
-        {"dropout", "attention_dropout", "cond_drop_rate", "sigma", "context_noise", "head_repeats"}
+        {
+            "dropout",
+            "attention_dropout",
+            "cond_drop_rate",
+            "control_drop_rate",
+            "sigma",
+            "context_noise",
+            "head_repeats",
+        }
     )
     """These: see `varkit.training.finetune.Tunable`."""
 
@@ -127,6 +141,8 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         cond_drop_rate: float = 0.1,
+        control: dict[str, Any] | None = None,
+        control_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         check_context_noise(context_noise)
@@ -173,6 +189,7 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             self.head = EntityFlow(latent_dim, hidden_size, sigma, **network)
         else:
             self.head = EntityDiffusion(latent_dim, hidden_size, **network)
+        self.add_control(control)
         self.init_weights()
 
     @torch.no_grad()
@@ -184,6 +201,8 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             last_of_gate = name.endswith(("ada_lin.1", "adaLN_modulation.1"))
             if isinstance(module, nn.Linear) and (last_of_gate or name.endswith("final_layer.linear")):
                 nn.init.zeros_(module.weight)
+        if self.controller is not None:
+            self.controller.init_weights()
 
     def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
         """Around a VAE, the scales, where they are the entities."""
@@ -224,6 +243,8 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         t: Tensor,
         class_labels: Tensor,
         hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced vectors for the head, in the order of turns.
 
@@ -231,6 +252,7 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             read: what `shifted` gives, noised or not.   t: (B, E), how much; 0 is clean.
             class_labels: (B,) int64; `num_classes` is the null class.
             hidden_layer: return also what this block gives, counted from 1: (B, L, D).
+            control, control_weight: see `Cond`. A turn gets what is of the token that it predicts.
         Returns: (B, L, D), or a pair.
         """
         vectors = self.class_emb(class_labels)
@@ -239,7 +261,8 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         cond, noisy = self.condition_on(vectors, t), self.config.context_noise != "clean"
         where, mask = torch.arange(len(self.order), device=x.device), block_mask(self.sizes).to(x.device)
         group = self.group if noisy else None
-        z, hidden = self.trunk(x, cond, where, mask=mask, group=group, hidden_layer=hidden_layer)
+        added = self.fuse(Cond(class_labels, control=control, control_weight=control_weight), self.order)
+        z, hidden = self.trunk(x, cond, where, mask=mask, group=group, hidden_layer=hidden_layer, added=added)
         return z if hidden_layer is None else (z, hidden)
 
     # ---- sampling -----------------------------------------------------------------------------------------
@@ -251,8 +274,10 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return list(self.order.split(self.sizes))
 
     def start(self, cond: Cond, null: Cond | None = None) -> EntityState:
-        vectors = self.class_emb(cond.beside(null).labels)  # R D
-        return EntityState(self.trunk.new_cache(len(vectors), vectors), vectors, guided=null is not None)
+        both = cond.beside(null)
+        vectors = self.class_emb(both.labels)  # R D
+        cache = self.trunk.new_cache(len(vectors), vectors)
+        return EntityState(cache, vectors, null is not None, self.fuse(both, self.order))
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Predictive:
         """The next entity. `inputs` are read at scales; else the state knows the entity before."""
@@ -264,7 +289,8 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             x = self.first(state.vectors)
         where = torch.arange(state.length, state.length + positions.shape[-1], device=positions.device)
         times = torch.zeros(len(state.vectors), 1, device=positions.device)
-        z, _ = self.trunk(x, self.condition_on(state.vectors, times), where, cache=state.cache)
+        cond = self.condition_on(state.vectors, times)
+        z, _ = self.trunk(x, cond, where, cache=state.cache, added=state.fused)
         return self.head.predictive(z, where, state.guided)
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
@@ -310,9 +336,12 @@ class EntityAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         Returns: loss; loss_first and loss_last of the first and the last entity; of ids accuracy and accuracy_last, of
             a diffusion mse, that of the velocity.
         """
-        labels = drop_labels(cond.labels, rng, self.config.cond_drop_rate if self.training else 0.0, self.num_classes)
+        labels, weights = cond.labels, cond.control_weight
+        if self.training:
+            rates = self.config.cond_drop_rate, self.num_classes, self.config.control_drop_rate
+            labels, weights = dropped_together(cond, rng, *rates)
         read, t = self.noised(self.shifted(tokens, inputs), rng)
-        out = self(read, t, labels, hidden_layer)
+        out = self(read, t, labels, hidden_layer, cond.control, weights)
         z, hidden = (out, None) if hidden_layer is None else out
         of_head = self.head.losses(z, tokens[:, self.order], self.order, rng.to(tokens.device))
         losses = entity_losses(of_head["error"], self.sizes, None if weight is None else weight[:, self.order])

@@ -20,7 +20,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.conditioning.label import drop_labels
+from varkit.conditioning.control import NO_DECAY as CONTROL_NO_DECAY
+from varkit.conditioning.control import Controlled, Fused, dropped_together
 from varkit.entities import entity_losses, group_of
 from varkit.heads.flow import Flow, add_noise, draw_sigma
 from varkit.heads.flow_transformer import FlowHead
@@ -36,10 +37,10 @@ from varkit.tokenizers.latent_pyramid import SCALES, LatentPyramid
 
 
 class FlowARState(State):
-    """The cache, and the class vectors."""
+    """The cache, the class vectors, and what control images add, or None."""
 
-    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool) -> None:
-        self.cache, self.vectors, self.guided = cache, vectors, guided
+    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool, fused: Fused | None = None) -> None:
+        self.cache, self.vectors, self.guided, self.fused = cache, vectors, guided, fused
 
     @property
     def length(self) -> int:  # type: ignore[override]
@@ -52,7 +53,7 @@ class FlowARState(State):
         self.cache.reset()
 
 
-class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+class FlowAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional next-scale transformer and its flow head. The defaults are the released FlowAR-S.
 
     Args:
@@ -62,16 +63,18 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         scales, latent_dim: of the tokenizer, a `LatentPyramid`.
         dropout, attention_dropout: in training, of what the transformer's attention gives and of its weights.
         cond_drop_rate: how often a label becomes the null class in training.
-    Raises: ValueError on an impossible combination.
+        control: arguments of `Control`, for a model that control images steer too.
+        control_drop_rate: how often a control is left out in training while the class stays.
+    Raises: ValueError on an impossible combination, or on a bad argument of `Control`.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("ModulatedBlock", "CrossBlock")
     training_options = frozenset({"weight", "hidden_layer"})
-    no_decay = ("pos_embed_learned",)
+    no_decay = ("pos_embed_learned", *CONTROL_NO_DECAY)
     class_embedding = "class_emb"
     lora_targets = TRUNK_LORA
-    free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate"})
+    free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate", "control_drop_rate"})
     """These: see `varkit.training.finetune.Tunable`."""
     sampler = "ContinuousSampler"
 
@@ -92,6 +95,8 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         dropout: float = 0.1,
         attention_dropout: float = 0.1,
         cond_drop_rate: float = 0.1,
+        control: dict[str, Any] | None = None,
+        control_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.layout = TokenLayout(square_grids(scales), None, latent_dim)
@@ -109,7 +114,10 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         self.trunk = Trunk(hidden_size, (first, second), num_heads, where, dropout, attention_dropout)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, self.layout.length, hidden_size))
         self.flownet = FlowHead(latent_dim, hidden_size, head_width, head_depth, cross, where)
+        self.add_control(control)
         init_weights(self)
+        if self.controller is not None:
+            self.controller.init_weights()
 
     def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
         """Around a VAE, its scales."""
@@ -133,7 +141,12 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return out + self.diffusion_pos_embed_learned[:, where], hidden
 
     def forward(
-        self, inputs: Tensor, class_labels: Tensor, hidden_layer: int | None = None
+        self,
+        inputs: Tensor,
+        class_labels: Tensor,
+        hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced vectors of the first n positions, the condition of the flow head.
 
@@ -141,11 +154,13 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             inputs: (B, n, C), what `LatentPyramid.embed` gives, cut after any scale.
             class_labels: (B,) int64; `num_classes` is the null class.
             hidden_layer: return also what this block gives, counted from 1: (B, n, D).
+            control, control_weight: see `Cond`.
         Returns: (B, n, D), or a pair.
         """
         where = torch.arange(inputs.shape[1], device=inputs.device)
         mask = block_mask(self.layout.sizes).to(inputs.device)[: len(where), : len(where)]
-        z, hidden = self.vectors_of(inputs, self.class_emb(class_labels), where, hidden_layer, mask=mask)
+        added = self.fuse(Cond(class_labels, control=control, control_weight=control_weight))
+        z, hidden = self.vectors_of(inputs, self.class_emb(class_labels), where, hidden_layer, mask=mask, added=added)
         return z if hidden_layer is None else (z, hidden)
 
     # ---- sampling -----------------------------------------------------------------------------------------
@@ -160,8 +175,10 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return [torch.arange(s.start, s.stop, device=device) for s in self.layout.slices]
 
     def start(self, cond: Cond, null: Cond | None = None) -> FlowARState:
-        vectors = self.class_emb(cond.beside(null).labels)  # R D
-        return FlowARState(self.trunk.new_cache(len(vectors), vectors), vectors, guided=null is not None)
+        both = cond.beside(null)
+        vectors = self.class_emb(both.labels)  # R D
+        cache = self.trunk.new_cache(len(vectors), vectors)
+        return FlowARState(cache, vectors, null is not None, self.fuse(both))
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Flow:
         """The flow of the next scale. No mask is needed: the cache holds coarser scales only."""
@@ -169,7 +186,7 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         if state.guided:
             inputs = torch.cat([inputs, inputs])
         where = torch.arange(state.length, state.length + inputs.shape[1], device=inputs.device)
-        z, _ = self.vectors_of(inputs, state.vectors, where, cache=state.cache)
+        z, _ = self.vectors_of(inputs, state.vectors, where, cache=state.cache, added=state.fused)
         batch = len(z) // 2 if state.guided else len(z)
         context = self.flownet.context(z, where)
         part = context.rows(batch)
@@ -199,12 +216,14 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         class_labels: Tensor,
         weight: Tensor | float | None = None,
         hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Losses:
-        """The loss of given noise (B, L, C), times (B, S) and labels (B,); see `training_loss`.
+        """The loss of given noise (B, L, C), times (B, S), labels (B,) and control images; see `training_loss`.
 
         Returns: loss; loss_first and loss_last; scale_losses (B, S); vectors (B, L, D).
         """
-        out = self(inputs, class_labels, hidden_layer)
+        out = self(inputs, class_labels, hidden_layer, control, control_weight)
         z, hidden = (out, None) if hidden_layer is None else out
         where, group = torch.arange(self.layout.length, device=tokens.device), self.scale_of
         v = self.flownet(add_noise(tokens, noise, t[:, group]), t, z, where, group)
@@ -237,8 +256,11 @@ class FlowAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         """
         noise = rng.normal(torch.arange(self.layout.length), Draw.NOISE, count=self.layout.dim).to(tokens)
         t = draw_sigma(rng, torch.arange(len(self.layout.grids)), kind="uniform").to(tokens.device)
-        labels = drop_labels(cond.labels, rng, self.config.cond_drop_rate if self.training else 0.0, self.num_classes)
-        losses = self.loss_at(tokens, inputs, noise, t, labels, weight, hidden_layer)
+        labels, weights = cond.labels, cond.control_weight
+        if self.training:
+            rates = self.config.cond_drop_rate, self.num_classes, self.config.control_drop_rate
+            labels, weights = dropped_together(cond, rng, *rates)
+        losses = self.loss_at(tokens, inputs, noise, t, labels, weight, hidden_layer, cond.control, weights)
         return {k: v for k, v in losses.items() if k not in ("scale_losses", "vectors")}
 
 

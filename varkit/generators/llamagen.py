@@ -30,7 +30,7 @@ from varkit.conditioning.control import Controlled, Fused, dropped, inject
 from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
-from varkit.interfaces import Cond, Generator, Losses, State
+from varkit.interfaces import JOINT, Cond, Generator, Losses, State
 from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
 from varkit.layers.share import sharing
@@ -78,7 +78,7 @@ class CaptionPrefix(nn.Module):
         return self.cap_proj.fc2(F.gelu(hidden, approximate="tanh"))  # B T C
 
     def null(self, cond: Cond) -> Cond:
-        """As released, the mask stays that of the caption."""
+        """As released, the mask stays that of the caption. It is one phrase."""
         sequence, mask = cond.text
         return Cond(sequence=self.uncond_embedding.to(sequence).expand_as(sequence), mask=mask)
 
@@ -95,13 +95,22 @@ def released_padding(visible: Tensor) -> Tensor:
     return torch.where(query, lower & key, lower ^ key)
 
 
+def apart(phrase: Tensor, count: int) -> Tensor:
+    """Which of `count` entries of the sequence see which where the prefix is a set of phrases (B, T), see `Cond`:
+    (B, 1, n, n) bool. A phrase sees itself alone, image tokens all. Whether something is later does not count here."""
+    own = F.pad(phrase, (0, count - phrase.shape[1]), value=JOINT)
+    query, key = own[:, None, :, None], own[:, None, None, :]
+    return (query == key) | (query == JOINT)
+
+
 class LlamaGenState(State):
     """The cache, the prefix, which positions of the whole sequence may be seen, and what control images add.
 
-    Attributes: official_padding: see `released_padding`.
+    Attributes: official_padding: see `released_padding`.   phrase: (R, T), see `Cond`, or None.
     """
 
     official_padding = False
+    phrase: Tensor | None = None
 
     def __init__(
         self, cache: KVCache, prefix: Tensor, visible: Tensor | None, guided: bool, fused: Fused | None = None
@@ -207,6 +216,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             )
         self.layout = TokenLayout(square_grids([grid]), codebook_size, latent_dim)
         self.condition = "text" if num_classes is None else "class"
+        self.reads_phrases = num_classes is None
         self.num_classes = num_classes or 0
         self.prefix_length = text_length if num_classes is None else 1
         self.gradient_checkpointing = False
@@ -276,7 +286,8 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             return Cond(labels, control=cond.control, control_weight=weight)
         sequence, mask = cond.text
         text = torch.where(rows[:, None, None], null.text[0], sequence)
-        return Cond(sequence=text, mask=mask, control=cond.control, control_weight=weight)
+        phrase = None if cond.phrase is None else cond.phrase.masked_fill(rows[:, None].to(cond.phrase.device), 0)
+        return Cond(sequence=text, mask=mask, control=cond.control, control_weight=weight, phrase=phrase)
 
     def drop_condition(self, cond: Cond, rng: Rng) -> Cond:
         """`cond` with no condition in each row whose number is below cond_drop_rate, and some controls left out."""
@@ -304,6 +315,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         hidden_layer: int | None = None,
         control: Tensor | None = None,
         control_weight: Tensor | None = None,
+        phrase: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Teacher-forced logits of the first n positions.
 
@@ -312,10 +324,10 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             condition: (B,) class ids, of which `num_classes` is the null class; or text features (B, T, E).
             mask: with text features, where they are real, (B, T) bool; they stand at the end (left padding).
             hidden_layer: return also what this block gives at the n positions, counted from 1: (B, n, C).
-            control, control_weight: see `Cond`.
+            control, control_weight, phrase: see `Cond`.
         Returns: (B, n, V) float32, or a pair.
         """
-        cond = Cond(condition) if mask is None else Cond(sequence=condition, mask=mask)
+        cond = Cond(condition) if mask is None else Cond(sequence=condition, mask=mask, phrase=phrase)
         return self._run(inputs, replace(cond, control=control, control_weight=control_weight), hidden_layer)
 
     def _run(self, inputs: Tensor, cond: Cond, hidden_layer: int | None) -> Any:
@@ -328,6 +340,8 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         x = self.tok_dropout(torch.cat([self.prefix(cond), self.tok_embeddings(inputs[:, 1:])], 1))
         visible = self.visible(cond)
         seen = None if visible is None else causal(visible[:, : x.shape[1]])
+        if seen is not None and cond.phrase is not None:
+            seen = seen & apart(cond.phrase.to(x.device), x.shape[1])
         hidden, fused, count = x, self.fuse(cond), inputs.shape[1]
         for i, block in enumerate(self.layers, 1):
             x = self.steer(x, fused, i - 1, slice(count))
@@ -414,7 +428,9 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         )
         visible = self.visible(both)
         visible = None if visible is None else visible.to(prefix.device)
-        return LlamaGenState(cache, prefix, visible, null is not None, self.fuse(both))
+        state = LlamaGenState(cache, prefix, visible, null is not None, self.fuse(both))
+        state.phrase = None if both.phrase is None else both.phrase.to(prefix.device)
+        return state
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
         """The next positions; several are predicted as if each input were right."""
@@ -438,6 +454,8 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             mask = causal(every if state.visible is None else state.visible[:, :end])[:, :, first:]
         if state.official_padding and state.visible is not None and state.length == 0:
             mask = released_padding(state.visible[:, :end])
+        if mask is not None and state.phrase is not None and state.length == 0:
+            mask = mask & apart(state.phrase, end)
         where = slice(state.length, state.length + count)
         for i, block in enumerate(self.layers):
             x = block(self.steer(x, state.fused, i, where), self.rotary, mask, state.cache, i, first)
@@ -503,7 +521,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         if self.training:
             cond = self.drop_condition(cond, rng)
         given = (cond.labels,) if cond.vector is not None else cond.text
-        steering = {"control": cond.control, "control_weight": cond.control_weight}
+        steering = {"control": cond.control, "control_weight": cond.control_weight, "phrase": cond.phrase}
         out = self(inputs, *given, hidden_layer=hidden_layer, **steering)  # by __call__, which torch.compile replaces
         logits, hidden = (out, None) if hidden_layer is None else out
         if weight is None:

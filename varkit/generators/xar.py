@@ -23,7 +23,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.conditioning.label import drop_labels
+from varkit.conditioning.control import NO_DECAY as CONTROL_NO_DECAY
+from varkit.conditioning.control import Controlled, Fused, dropped_together, first_rows
 from varkit.entities import ContextNoise, Entity, check_context_noise, entities, entity_losses, group_of, sorted_times
 from varkit.heads.flow import Flow, SigmaKind, add_noise, draw_sigma
 from varkit.hub import HubMixin
@@ -38,10 +39,13 @@ from varkit.tokenizers.latent_pyramid import LatentPyramid
 
 
 class XARState(State):
-    """The clean entities in the cache, and the last one, which the next `predict` puts there."""
+    """The clean entities in the cache, and the last one, which the next `predict` puts there.
 
-    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool) -> None:
-        self.cache, self.vectors, self.guided = cache, vectors, guided
+    fused: what control images add, in the order of turns, or None.
+    """
+
+    def __init__(self, cache: KVCache, vectors: Tensor, guided: bool, fused: Fused | None = None) -> None:
+        self.cache, self.vectors, self.guided, self.fused = cache, vectors, guided, fused
         self.pending: Tensor | None = None  # B n C
 
     @property
@@ -61,7 +65,7 @@ class XARState(State):
         self.cache.reset()
 
 
-class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
+class XAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional flow over entities. The defaults are the released xAR-B.
 
     Args:
@@ -74,16 +78,20 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         sigma: how the times of training are drawn, see `draw_sigma`.
         context_noise: see `ContextNoise`; with `clean` each entity learns from clean ones before it, at twice the
             length.
-    Raises: ValueError on an impossible combination.
+        control: arguments of `Control`, for a model that control images steer too.
+        control_drop_rate: how often a control is left out in training while the class stays.
+    Raises: ValueError on an impossible combination, or on a bad argument of `Control`.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("ModulatedBlock",)
     training_options = frozenset({"weight", "hidden_layer"})
-    no_decay = ("pos_embed_learned",)
+    no_decay = ("pos_embed_learned", *CONTROL_NO_DECAY)
     class_embedding = "class_emb"
     lora_targets = TRUNK_LORA
-    free_arguments = frozenset({"dropout", "attention_dropout", "cond_drop_rate", "sigma", "context_noise"})
+    free_arguments = frozenset(
+        {"dropout", "attention_dropout", "cond_drop_rate", "control_drop_rate", "sigma", "context_noise"}
+    )
     """These: see `varkit.training.finetune.Tunable`."""
     sampler = "ContinuousSampler"
 
@@ -108,6 +116,8 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         cond_drop_rate: float = 0.1,
         sigma: SigmaKind = "logit-normal",
         context_noise: ContextNoise = "independent",
+        control: dict[str, Any] | None = None,
+        control_drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         check_context_noise(context_noise)
@@ -128,7 +138,10 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         first, second = depths
         self.trunk = Trunk(hidden_size, (first, second), num_heads, places(grids)[order], dropout, attention_dropout)
         self.pred = nn.Linear(hidden_size, latent_dim)
+        self.add_control(control)
         init_weights(self)
+        if self.controller is not None:
+            self.controller.init_weights()
 
     def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
         """Around a VAE, the scales, where they are the entities."""
@@ -157,6 +170,8 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         class_labels: Tensor,
         clean: Tensor | None = None,
         hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The velocity of every entity in one pass.
 
@@ -165,6 +180,7 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             class_labels: (B,) int64; `num_classes` is the null class.
             clean: (B, L, C) to be read in place of the noised entities before each, at time 0, as in sampling.
             hidden_layer: return also what this block gives, counted from 1: (B, L, D).
+            control, control_weight: see `Cond`. Each token gets what is of its place, noised or clean.
         Returns: (B, L, C) float32, or a pair.
         """
         length, count = len(self.order), len(self.sizes)
@@ -177,7 +193,8 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
             itself = self.group[:, None] == self.group[None]
             mask = torch.cat([torch.cat([mask, mask & ~itself]), torch.cat([torch.zeros_like(mask), itself])], 1)
         cond = self.condition_on(self.class_emb(class_labels), t)
-        v, hidden = self.velocity(x, cond, where, mask=mask, group=group, hidden_layer=hidden_layer)
+        added = self.fuse(Cond(class_labels, control=control, control_weight=control_weight), self.order)
+        v, hidden = self.velocity(x, cond, where, mask=mask, group=group, hidden_layer=hidden_layer, added=added)
         v, hidden = (y[:, -length:][:, self.turn] for y in (v, hidden))
         return v if hidden_layer is None else (v, hidden)
 
@@ -190,34 +207,36 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         return list(self.order.split(self.sizes))
 
     def start(self, cond: Cond, null: Cond | None = None) -> XARState:
-        vectors = self.class_emb(cond.beside(null).labels)  # R D
-        return XARState(self.trunk.new_cache(len(vectors), vectors), vectors, guided=null is not None)
+        both = cond.beside(null)
+        vectors = self.class_emb(both.labels)  # R D
+        cache = self.trunk.new_cache(len(vectors), vectors)
+        return XARState(cache, vectors, null is not None, self.fuse(both, self.order))
 
     def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Flow:
         """The flow of the next entity. `inputs` are not read: the state knows the entities before it."""
         assert isinstance(state, XARState)
-        cache, vectors = state.cache, state.vectors
+        cache, vectors, fused = state.cache, state.vectors, state.fused
         if state.pending is not None:
             clean, state.pending = state.pending, None
-            self._run(torch.cat([clean, clean]) if state.guided else clean, None, vectors, cache)
+            self._run(torch.cat([clean, clean]) if state.guided else clean, None, vectors, cache, fused)
             cache.advance(clean.shape[1])
         batch = len(vectors) // 2 if state.guided else len(vectors)
-        part = cache.rows(batch)
+        part, own = cache.rows(batch), first_rows(fused, batch)
 
         def alone(x: Tensor, t: Tensor) -> Tensor:
-            return self._run(x, t, vectors[:batch], part)
+            return self._run(x, t, vectors[:batch], part, own)
 
         def both(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            cond, uncond = self._run(torch.cat([x, x]), torch.cat([t, t]), vectors, cache).chunk(2)
+            cond, uncond = self._run(torch.cat([x, x]), torch.cat([t, t]), vectors, cache, fused).chunk(2)
             return cond, uncond
 
         return Flow(alone, self.layout.dim, both if state.guided else None)
 
-    def _run(self, x: Tensor, t: Tensor | None, vectors: Tensor, cache: KVCache) -> Tensor:
+    def _run(self, x: Tensor, t: Tensor | None, vectors: Tensor, cache: KVCache, fused: Fused | None) -> Tensor:
         """One entity (R, n, C) behind those of the cache; clean without a time."""
         where = torch.arange(cache.length, cache.length + x.shape[1], device=x.device)
         times = torch.zeros(len(x), device=x.device) if t is None else t
-        return self.velocity(x, self.condition_on(vectors, times[:, None]), where, cache=cache)[0]
+        return self.velocity(x, self.condition_on(vectors, times[:, None]), where, cache=cache, added=fused)[0]
 
     def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
         """Note the clean entity: its keys are written when the next one is predicted."""
@@ -239,14 +258,16 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         class_labels: Tensor,
         weight: Tensor | float | None = None,
         hidden_layer: int | None = None,
+        control: Tensor | None = None,
+        control_weight: Tensor | None = None,
     ) -> Losses:
-        """The loss of given noise (B, L, C), times (B, E) and labels (B,); see `training_loss`.
+        """The loss of given noise (B, L, C), times (B, E), labels (B,) and control images; see `training_loss`.
 
         Returns: loss, loss_first and loss_last of the first and last entity, velocity (B, L, C).
         """
         noised = add_noise(tokens, noise, t[:, self.group[self.turn]])
         clean = tokens if self.config.context_noise == "clean" else None
-        out = self(noised, t, class_labels, clean, hidden_layer)
+        out = self(noised, t, class_labels, clean, hidden_layer, control, control_weight)
         v, hidden = (out, None) if hidden_layer is None else out
         error = (v - (noise - tokens).float()).square().mean(-1)[:, self.order]  # B L
         weight = weight[:, self.order] if isinstance(weight, Tensor) else weight
@@ -269,8 +290,12 @@ class XAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         Returns: loss, loss_first, loss_last.
         """
         noise = rng.normal(torch.arange(self.layout.length), Draw.NOISE, count=self.layout.dim).to(tokens)
-        labels = drop_labels(cond.labels, rng, self.config.cond_drop_rate if self.training else 0.0, self.num_classes)
-        losses = self.loss_at(tokens, noise, self.times(rng).to(tokens.device), labels, weight, hidden_layer)
+        labels, weights = cond.labels, cond.control_weight
+        if self.training:
+            rates = self.config.cond_drop_rate, self.num_classes, self.config.control_drop_rate
+            labels, weights = dropped_together(cond, rng, *rates)
+        t = self.times(rng).to(tokens.device)
+        losses = self.loss_at(tokens, noise, t, labels, weight, hidden_layer, cond.control, weights)
         del losses["velocity"]
         return losses
 

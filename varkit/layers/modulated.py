@@ -9,7 +9,7 @@ Shapes: B batch, n tokens, D width, C width of the condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -201,10 +201,13 @@ class Trunk(nn.Module):
         cache: KVCache | None = None,
         group: Tensor | None = None,
         hidden_layer: int | None = None,
+        added: Mapping[int, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The output and what block `hidden_layer`, from 1 over both stacks, gives: (B, n, D) each.
 
-        Args: x: (B, n, D).   cond, mask, cache, group: see `ModulatedBlock`.   where: (n,), turns of the tokens.
+        Args:
+            x: (B, n, D).   cond, mask, cache, group: see `ModulatedBlock`.   where: (n,), turns of the tokens.
+            added: by block, counted from 0 over both stacks: (B, L, D) that is added to what it reads, of all turns.
         """
         hidden, layer, by = x, 0, self.rotary.at(where)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned[:, where])
@@ -212,6 +215,8 @@ class Trunk(nn.Module):
             if stack is self.decoder_blocks:
                 x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, where]
             for block in stack:
+                if added is not None and layer in added:
+                    x = x + added[layer][:, where].to(x.dtype)
                 given = (x, cond, by, mask, cache, layer, group)
                 checkpointed = self.gradient_checkpointing and torch.is_grad_enabled()
                 x = self._gradient_checkpointing_func(block, *given) if checkpointed else block(*given)

@@ -119,6 +119,9 @@ class ClassToImagePipeline(ImagePipeline):
         Raises: ValueError on a bad argument, before any work.
         """
         self.check_call(output_type, num_images_per_prompt)
+        if texts := sampling.keys() & {"prompt", "phrases"}:
+            name = type(self.transformer).__name__
+            raise ValueError(f"this {name} is drawn from classes and reads no {texts.pop()}: give class_labels=")
         device = self._execution_device
         labels = [class_labels] if isinstance(class_labels, int | str) else class_labels
         if labels is not None and len(labels) == 0:

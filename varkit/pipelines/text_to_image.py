@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varkit.conditioning.control import Controls, Strength
-from varkit.conditioning.text import T5, TextCondition
+from varkit.conditioning.text import T5, Phrases, TextCondition
 from varkit.interfaces import Cond
 from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, make_rng
 from varkit.pipelines.edit import Box
@@ -73,15 +73,23 @@ class TextToImagePipeline(ImagePipeline):
         return self._opened
 
     def encode_prompt(
-        self, prompt: Prompt | None = None, features: Features | None = None, features_mask: Tensor | None = None
+        self,
+        prompt: Prompt | None = None,
+        features: Features | None = None,
+        features_mask: Tensor | None = None,
+        phrases: Phrases | None = None,
     ) -> Cond:
-        """Features of prompts, or features made before, on the pipeline's device; see `TextCondition.encode`."""
+        """Features of prompts, of sets of phrases, or features made before, on the pipeline's device; see
+        `TextCondition.encode`."""
         device, condition = self._execution_device, self.text_condition
-        if prompt is not None:
-            condition.cleaned([prompt] if isinstance(prompt, str) else prompt)  # before the encoder is opened
+        if prompt is not None or phrases is not None:
+            if phrases is not None:  # before the encoder is opened
+                condition.sets(phrases)
+            else:
+                condition.cleaned([prompt] if isinstance(prompt, str) else prompt)  # type: ignore[arg-type, list-item]
             condition.open()
             condition.encoder.to(device)
-        return condition.encode(prompt=prompt, features=features, mask=features_mask).to(device)
+        return condition.encode(prompt=prompt, phrases=phrases, features=features, mask=features_mask).to(device)
 
     def no_prompt(self) -> Cond:
         """The condition of one image without any text."""
@@ -98,6 +106,7 @@ class TextToImagePipeline(ImagePipeline):
         num_images_per_prompt: int = 1,
         features: Features | None = None,
         features_mask: Tensor | None = None,
+        phrases: Phrases | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | None = None,
         rng: Rng | None = None,
@@ -121,6 +130,8 @@ class TextToImagePipeline(ImagePipeline):
             prompt: one text or several; an empty one is an error. None, without features, draws an image of no text.
             negative_prompt: what guidance leads away from, one for all or one a prompt; None is the absence of text.
             features, features_mask: instead of prompts; see `TextCondition.encode`.
+            phrases: instead of prompts: a set of phrases whose order does not count, `["waving hand", "medium skin
+                tone"]`, or a list of such sets, one an image. The sets are `prompts` of the output, sorted.
             guidance_scale: 1 is off; None is this model's default, as for all sampling settings below.
             generator, seed, rng: where randomness comes from, at most one of them; a list of generators
                 gives one an image. The same seed gives an image the same random numbers in any batch.
@@ -137,21 +148,24 @@ class TextToImagePipeline(ImagePipeline):
         Raises: ValueError on a bad argument, before any work.
         """
         self.check_call(output_type, num_images_per_prompt)
-        if prompt is not None and features is not None:
-            raise ValueError("give prompt= or features=, not both")
+        if [prompt, phrases, features].count(None) < 2:
+            raise ValueError("give prompt=, phrases= or features=, not both")
+        if phrases is not None and not self.transformer.reads_phrases:
+            raise ValueError(f"{type(self.transformer).__name__} cannot read a set of phrases: give prompt=")
         self.sampler.settings(guidance_scale=guidance_scale, guidance_schedule=guidance_schedule)
-        unconditional = prompt is None and features is None
+        sets = None if phrases is None else self.text_condition.sets(phrases)
+        unconditional = prompt is None and features is None and sets is None
         if control is not None and "control" in self.transformer.takes:
             sampling |= self.size_for(control, sampling.get("height"), sampling.get("width"))
-        one = unconditional or isinstance(prompt, str)
+        one = unconditional or isinstance(prompt, str) or (sets is not None and len(sets) == 1)
         size = {name: sampling.get(name) for name in ("height", "width")}
         cond = self.no_prompt() if unconditional else None
         if features is not None:
             cond = self.encode_prompt(None, features, features_mask)
-        captions = None if one else len(prompt) if cond is None else len(cond)  # type: ignore[arg-type]
+        captions = None if one else len(sets or prompt) if cond is None else len(cond)  # type: ignore[arg-type]
         steered = self.encode_control(control, control_strength, captions, **size)
         if cond is None:
-            cond = self.encode_prompt(prompt)
+            cond = self.encode_prompt(prompt, phrases=phrases)
         if steered is not None and one:  # for each of the control images
             cond = cond[torch.zeros(len(steered), dtype=torch.int64, device=self._execution_device)]
         null = self.transformer.null(cond)
@@ -182,8 +196,8 @@ class TextToImagePipeline(ImagePipeline):
         if not return_dict:
             return (images,)
         texts = None
-        if prompt is not None:
-            given = [prompt] if isinstance(prompt, str) else list(prompt)
+        if prompt is not None or sets is not None:
+            given = [prompt] if isinstance(prompt, str) else list(prompt or [", ".join(own) for own in sets or ()])
             given = given * len(cond) if len(given) == 1 else given
             texts = [text for text in given for _ in range(num_images_per_prompt)]
         return ImageOutput(images=images, class_labels=None, stats=stats, prompts=texts)

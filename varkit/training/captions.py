@@ -8,12 +8,13 @@ nothing.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from varkit.conditioning.text import TextCondition, as_read, byte_encoder, left_padded
+from varkit.conditioning.text import TextCondition, as_read, byte_encoder, left_padded, set_length, side_by_side
 from varkit.config import ConfigError, config
 from varkit.data.features import FeatureSet
 from varkit.interfaces import Cond
@@ -168,3 +169,46 @@ class Captions:
         network = self.condition.encoder
         with torch.autocast(next(network.parameters()).device.type, enabled=False):
             return places, left_padded(*self.condition.states([read[i] for i in places]))
+
+    # ---- captions as sets of phrases ----------------------------------------------------------------------
+
+    def split(self, text: str, separator: str) -> list[str]:
+        """The phrases of a caption as they are read, each once, sorted; none where there is but one, which is a prompt,
+        and none where they do not fit in side by side."""
+        said = sorted({as_read(part, self.clean) for part in text.split(separator)} - {""})
+        fits = len(said) > 1 and set_length(self.condition.lengths(said)) <= self.condition.max_length
+        return said if fits else []
+
+    def check_phrases(self, name: str, texts: Sequence[str], separator: str) -> str:
+        """How many captions of a set are sets of phrases, for the log. Raises ConfigError when none is."""
+        parted = [text for text in dict.fromkeys(texts) if separator in text]
+        sets = sum(bool(self.split(text, separator)) for text in parted)
+        if not sets:
+            raise ConfigError(
+                f"objective.phrases={separator!r}: no caption of {name} holds several phrases that fit in "
+                f"{self.condition.max_length} tokens; give what separates phrases in these captions, or leave it out"
+            )
+        return (
+            f"{name}: {sets} captions are sets of phrases; {len(parted) - sets} with {separator!r} are read as they "
+            f"are, for they hold one phrase, or more than fit in side by side"
+        )
+
+    def as_sets(self, cond: Cond, texts: Sequence[str], rows: Tensor, separator: str) -> Cond:
+        """What `encode` gave, where captions of `rows` (B,) bool that hold several phrases are sets of them."""
+        sequence, mask = cond.text
+        phrase = torch.zeros_like(mask, dtype=torch.int64)
+        sets = {i: self.split(texts[i], separator) for i in rows.nonzero()[:, 0].tolist()}
+        places = [i for i, phrases in sets.items() if phrases]
+        if not places:
+            return replace(cond, phrase=phrase)
+        kind = next(self.condition.encoder.parameters()).device.type
+        with torch.autocast(kind, enabled=False):
+            made = side_by_side(self.condition.phrase_rows([sets[i] for i in places]), mask.shape[1])
+        assert made.sequence is not None and made.mask is not None and made.phrase is not None
+        index = torch.tensor(places, device=mask.device)
+        return replace(
+            cond,
+            sequence=sequence.index_copy(0, index, made.sequence.to(sequence)),
+            mask=mask.index_copy(0, index, made.mask.to(mask)),
+            phrase=phrase.index_copy(0, index, made.phrase.to(phrase)),
+        )

@@ -55,8 +55,8 @@ class Controls:
         """Give the generator its network, unless it has this one. Returns a line for the log. Raises ConfigError."""
         if not isinstance(model, Controlled):
             raise ConfigError(
-                f"objective.control: {type(model).__name__} takes no control images; VAR and LlamaGen do, such as "
-                f"var_d16 and llamagen_b"
+                f"objective.control: {type(model).__name__} takes no control images; VAR, LlamaGen, FlowAR, xAR and "
+                f"EntityAR do, such as var_d16, llamagen_b and xar_b"
             )
         wanted = {**self.plan.network, "kinds": list(self.plan.kinds)}
         if model.controller is not None:

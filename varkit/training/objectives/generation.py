@@ -179,8 +179,11 @@ class GeneratorTraining(Objective):
         if self.captions is not None:
             self.notes += self.captions.check(name, texts)
 
-    def cond(self, batch: dict[str, Any]) -> Cond:
-        """What the images of a batch are drawn from: their captions or their classes, and their control images."""
+    def cond(self, batch: dict[str, Any], rng: Rng | None = None) -> Cond:
+        """What the images of a batch are drawn from: their captions or their classes, and their control images.
+
+        Args: rng: where a subclass draws how they are read; None, for sample sheets, is one way alone.
+        """
         if self.captions is None:
             cond = self.condition.encode(class_labels=batch["labels"].clamp_min(0))
         else:
@@ -199,7 +202,7 @@ class GeneratorTraining(Objective):
         with torch.no_grad():
             tokens = self.tokens(batch, rng)
             inputs = self.frozen("tokenizer").embed(tokens)
-        return cast(Generator, self.model).training_loss(tokens, inputs, self.cond(batch), rng, **options)
+        return cast(Generator, self.model).training_loss(tokens, inputs, self.cond(batch, rng), rng, **options)
 
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         options = self.options(step, max_steps)
@@ -209,7 +212,7 @@ class GeneratorTraining(Objective):
             self.model,
             self.frozen("tokenizer"),
             batch.get("images"),
-            self.cond(batch),
+            self.cond(batch, rng),
             rng,
             step=step,
             max_steps=max_steps,

@@ -7,6 +7,7 @@ orders alone for 200 of 400 epochs, and comes down to none in the next 100 (RAR,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from inspect import signature
 from typing import Any, Literal
 
@@ -16,8 +17,8 @@ from torch import Tensor
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
 from varkit.generators.rar import random_ratio
-from varkit.interfaces import Losses
-from varkit.rng import Rng
+from varkit.interfaces import Cond, Losses
+from varkit.rng import Draw, Rng
 from varkit.training.captions import Captions, TextEncoderConfig
 from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
 from varkit.training.sizes import Sizes, brought_to
@@ -39,6 +40,9 @@ class Config(GeneratorConfig):
     features: str | None = None  # of a generator of texts: a folder of `varkit features` with all captions
     text_encoder: str | TextEncoderConfig | None = None  # instead: a transformers encoder that makes them anew for each
     # batch; or a section, {width: 128, ...}, the sizes of a new one of bytes that learns along with the generator
+    phrases: str | None = None  # what separates phrases in captions, such as ", ": a share of the images is drawn from
+    # sets of phrases, whose order does not count; None: from whole captions alone
+    phrase_share: float = 0.5  # that share, drawn anew each time an image is seen; 1: all
 
     def __post_init__(self) -> None:
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
@@ -57,6 +61,15 @@ class Config(GeneratorConfig):
                 f"objective.text_encoder={{...}} is a new encoder, which the generator of objective.init_from "
                 f"{self.init_from} does not know; leave one of them out"
             )
+        if self.phrases is not None and self.text_encoder is None:
+            raise ConfigError(
+                f"objective.phrases={self.phrases!r}: each phrase is encoded by itself, so give "
+                f"objective.text_encoder; a folder of features holds whole captions"
+            )
+        if self.phrases is not None and not self.phrases.strip():
+            raise ConfigError(f"objective.phrases must hold more than spaces, such as ', '; got {self.phrases!r}")
+        if not 0 < self.phrase_share <= 1:
+            raise ConfigError(f"objective.phrase_share must be above 0, at most 1; got {self.phrase_share}")
         super().__post_init__()
 
 
@@ -74,6 +87,8 @@ class Training(GeneratorTraining):
         if config.gradient_checkpointing and not self.kind._supports_gradient_checkpointing:
             raise ConfigError(f"objective.gradient_checkpointing: {self.kind.__name__} has none")
         super().__init__(config, classes)
+        if config.phrases is not None and not self.model.reads_phrases:
+            raise ConfigError(f"objective.phrases: {self.kind.__name__} cannot read sets of phrases; leave it out")
         if config.sizes is not None:
             config.sizes.check(self.model, self.frozen("tokenizer"))
 
@@ -81,6 +96,19 @@ class Training(GeneratorTraining):
         super().check_codes(codes)
         if self.config.sizes is not None:
             raise ConfigError("objective.sizes resizes images, token files hold none; give the images in data.train")
+
+    def check_texts(self, name: str, texts: Sequence[str] | None) -> None:
+        super().check_texts(name, texts)
+        if self.captions is not None and self.config.phrases is not None:
+            self.notes.append(self.captions.check_phrases(name, texts or (), self.config.phrases))
+
+    def cond(self, batch: dict[str, Any], rng: Rng | None = None) -> Cond:
+        """Some captions as sets of phrases, in training and validation alike; with no rng none."""
+        cond = super().cond(batch, rng)
+        if self.captions is None or self.config.phrases is None or rng is None:
+            return cond
+        u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.PHRASES)[:, 0]
+        return self.captions.as_sets(cond, batch["texts"], u < self.config.phrase_share, self.config.phrases)
 
     def _losses(self, batch: dict[str, Tensor], rng: Rng, **options: Any) -> Losses:
         """At a size of this batch in training, at the tokenizer's own in validation."""
@@ -94,7 +122,7 @@ class Training(GeneratorTraining):
             tokenizer = own.resized(grid)
             tokens = tokenizer.encode(batch["images"])
             inputs = tokenizer.embed(tokens)
-        return self.model.resized(grid).training_loss(tokens, inputs, self.cond(batch), rng, **options)
+        return self.model.resized(grid).training_loss(tokens, inputs, self.cond(batch, rng), rng, **options)
 
     def _open_captions(self, config: Config, condition: str) -> None:
         """Raises ConfigError when a generator of texts has no source of features, or one of classes has one."""

@@ -260,9 +260,3 @@ def test_a_file_with_a_sign_in_its_name_is_a_file(tmp_path: Path, monkeypatch: p
     edges().save("a=b.png")
     assert by_kind(["a=b.png"], "--control") == {"": "a=b.png"}
     assert by_kind(["c=a=b.png", "x/y=z.png"], "--control") == {"c": "a=b.png", "": "x/y=z.png"}
-
-
-def test_a_student_reads_no_control() -> None:
-    from varkit.generators.distilled import Student
-
-    assert Student.takes == {"class"}

@@ -211,7 +211,10 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from tests.test_text import save_encoder
 
     folder = tmp_path_factory.mktemp("asking")
-    models = [save_steered(folder / "tiny-control"), save_text(folder / "tiny-text", save_encoder(folder / "t5"))]
+    models = [
+        save_steered(folder / "tiny-control"),
+        save_text(folder / "tiny-text", save_encoder(folder / "t5"), control=None),
+    ]
     command = ["-m", "varkit", "demo", "--port", "{port}", *(f"--model={model}" for model in models)]
     with served(command, folder / "server.log") as url:
         yield url
@@ -233,8 +236,9 @@ def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bro
 
 
 def tab(browser: Browser, name: str) -> None:
-    script = "[...document.querySelectorAll('button[role=tab]')].find(b => b.innerText.trim() == arguments[0]).click()"
-    browser.run(script, name)
+    """Open it; on a phone it may stand in the menu of those that have no room, whose buttons come last."""
+    script = "[...document.querySelectorAll('.tab-wrapper button')].filter(b => b.textContent.trim() == arguments[0])"
+    browser.run(script + ".pop().click()", name)
 
 
 def test_generate_shows_images_scales_and_command(browser: Browser, shots: Path) -> None:

@@ -320,7 +320,10 @@ def test_another_model_brings_its_own_boxes(models: Models) -> None:
     assert kind["choices"] == ["canny", "depth"] and kind["visible"] and len(settings) == len(OWN)
     assert picker["visible"] and not prompt["visible"] and num == 8
     board, kind, picker, prompt, num, *_ = steer.refresh(models, "both", "canny")
-    assert not (board["visible"] or kind["visible"] or picker["visible"]) and prompt["visible"] and num == 4
+    assert (
+        board["visible"] == "hidden" and not (kind["visible"] or picker["visible"]) and prompt["visible"] and num == 4
+    )
+    assert steer.boxes("drawn") == ({"visible": False, "__type__": "update"}, {"visible": True, "__type__": "update"})
     assert steer.preview(models, "both", None, "canny") is None
     number, guidance, *_ = text.refresh(models, "words")
     assert number == 4 and guidance["value"] == 2.0

@@ -55,7 +55,8 @@ body:not(.dark) .cm-line span { color: inherit !important; }
   .tab-wrapper, .tab-container { min-width: 0 !important; }
   .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
   .gradio-container main, .gradio-container .app { padding-left: 12px !important; padding-right: 12px !important; }
-  #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container {
+  #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container,
+  #text-images .grid-container, #control-images .grid-container, #control-scales .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
   }
   #evaluate-pictures .grid-container { grid-template-columns: 1fr !important; }

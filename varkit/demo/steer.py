@@ -77,17 +77,17 @@ def generate(
             raise ValueError(f"the kind of control must be one of {', '.join(kinds)}; got {str(kind)[:40]}")
         if pipeline.transformer.condition == "text":
             prompt = check_prompt(prompt)
-            asked, shown = ["--prompt", prompt], enlarged
+            asked, show = ["--prompt", prompt], enlarged
             call = partial(pipeline, prompt, num_images_per_prompt=num, rng=rng, **settings)
         else:
             labels = labels_for(pipeline, choice, rng)
-            asked, shown = class_words(labels), partial(captioned, pipeline, labels=labels)
+            asked, show = class_words(labels), partial(captioned, pipeline, labels=labels)
             call = partial(pipeline, labels, rng=rng, **settings)
         made = control_map(models, pipeline, upload, source, marks)
         asked += words(source, kind if len(kinds) > 1 else "", strength)
         line = sample_line(models.source(name), asked, num, seed, settings, defaults(pipeline))
         call = partial(call, control={kind: made} if kinds else made, control_strength=strength)
-        for event in drawing(models, pipeline, call, line, shown):
+        for event in drawing(models, pipeline, call, line, show):
             yield made, *event
 
 
@@ -106,7 +106,7 @@ def refresh(models: Models, name: str, source: Any) -> list[Any]:
         gr, pipeline = need_gradio(), models.open(name)
         text, kinds = pipeline.transformer.condition == "text", kinds_of(pipeline)
         return [
-            gr.update(visible=source == DRAWN, **board_of(pipeline)),
+            gr.update(visible=shown(source), **board_of(pipeline)),
             gr.update(choices=list(kinds), value=next(iter(kinds), None), visible=len(kinds) > 1),
             gr.update(choices=choices(pipeline), value=None if text else ALL, visible=not text),
             gr.update(visible=text),
@@ -115,10 +115,15 @@ def refresh(models: Models, name: str, source: Any) -> list[Any]:
         ]
 
 
+def shown(source: Any) -> bool | str:
+    """Of the board. Left out of the page and put in later, its template would not find its properties."""
+    return True if source == DRAWN else "hidden"
+
+
 def boxes(source: Any) -> tuple[Any, Any]:
     """Updates of the image box and the board: one of them is shown."""
     update = need_gradio().update
-    return update(visible=source != DRAWN), update(visible=source == DRAWN)
+    return update(visible=source != DRAWN), update(visible=shown(source))
 
 
 def input_controls(pipeline: Any, source: str) -> tuple[list[Any], list[Any]]:
@@ -129,7 +134,7 @@ def input_controls(pipeline: Any, source: str) -> tuple[list[Any], list[Any]]:
     upload = upload_box("control", visible=source != DRAWN)
     board = painter(
         board_grid(pipeline), "control-board", marks=no_marks(board_grid(pipeline)), image=board_of(pipeline)["image"],
-        tools=("frame", "invert", "clear"), about="Edges", ink="white", brush=0.5, visible=source == DRAWN,
+        tools=("frame", "invert", "clear"), about="Edges", ink="white", brush=0.5, visible=shown(source),
     )  # fmt: skip
     kind = gr.Dropdown(list(kinds), value=next(iter(kinds), None), label="Kind of map", visible=len(kinds) > 1)
     strength = gr.Slider(
@@ -165,7 +170,12 @@ def add_tab(models: Models) -> None:
             with gr.Row(equal_height=False):
                 with gr.Column(scale=1, min_width=200):
                     made = gr.Image(
-                        label="The map", format="png", interactive=False, buttons=["download"], elem_id="control-map"
+                        label="The map",
+                        format="png",
+                        height=220,
+                        interactive=False,
+                        buttons=["download"],
+                        elem_id="control-map",
                     )
                 with gr.Column(scale=3, min_width=300):
                     images = gallery("Images", "control-images", 4, buttons=["download", "download_all", "fullscreen"])

@@ -23,6 +23,7 @@ GROUND = {
     "interfaces",
     "registry",
     "pictures",
+    "eight_bit",
     "hub",
     "model_card",
     "metrics.report",
@@ -49,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "metrics.classifier": set(),
     "metrics.weights": set(),
     "model_card": {"metrics.report"},
-    "hub": {"metrics.report", "model_card"},
+    "eight_bit": set(),
+    "hub": {"metrics.report", "model_card", "eight_bit"},
     "samplers.ode": set(),  # plain functions of tensors: flow decoders of tokenizers integrate too
     "samplers.branches": {"samplers.ode"},
     "heads.flow": {"interfaces", "rng", "samplers.ode", "samplers.branches"},

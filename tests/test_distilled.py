@@ -28,6 +28,7 @@ from varkit.pipelines.auto import assemble
 from varkit.pipelines.distilled import DistilledPipeline
 from varkit.pipelines.trajectories import make_trajectories
 from varkit.registry import create_model, model_entry
+from varkit.rng import Draw
 from varkit.samplers.distilled import DistilledSampler, DistilledStep
 from varkit.samplers.flow_map import FlowMap, nearest_codes, possible_codes, start_noise, velocity
 from varkit.tokenizers.multiscale_vq import SCALES_256
@@ -243,8 +244,9 @@ def test_the_second_pass_keeps_the_first_units_and_gives_the_others_their_noise_
         ("student", student.layout.length),
         ("student", int((student.units >= 2).sum())),
     ]
-    noise, first = start_noise(rng, student.layout), student.units < 2
+    noise, first = start_noise(rng, student.layout, Draw.STUDENT_NOISE), student.units < 2
     assert torch.equal(seen[0][0], noise) and not seen[0][1].any()
+    assert not torch.isclose(noise, start_noise(rng, student.layout)).any()  # that of trajectories of this seed
     assert torch.equal(seen[1][0][:, ~first], noise[:, ~first])
     assert torch.equal(seen[1][0][:, first], steps[0].tokens[:, first]) and torch.equal(seen[1][1][0], first)
     assert torch.equal(out.tokens[:, first], steps[0].tokens[:, first])

@@ -16,6 +16,7 @@ from varkit.commands import bench as of_bench
 from varkit.commands import control as of_control
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
+from varkit.commands import retrieval as of_retrieval
 from varkit.commands import sample as of_sample
 from varkit.commands import trajectories as of_trajectories
 from varkit.commands.common import Device, Dtype, Json, numbers, refusing, say
@@ -246,6 +247,24 @@ def data_fashion(
     typer.echo(f"wrote {', '.join(f'{split}.npz ({n} images)' for split, n in counts.items())} into {out}")
 
 
+@data_app.command("emoji")
+@refusing
+def data_emoji(
+    out: Annotated[Path, typer.Argument(help="Folder to make, with train/ and test/ in it.")] = Path("data/emoji"),
+    sources: Annotated[
+        list[str] | None,
+        typer.Option("--from", help="Each package as a .tgz file or an unpacked folder, instead of a download."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write emoji of Google and Twitter, 64x64, with captions; fetched from the npm registry (136 MB)."""
+    from varkit.data.emoji import prepare_emoji
+
+    counts = prepare_emoji(out, sources or (), announce=say, progress=sys.stderr.isatty() and not as_json)
+    told = ", ".join(f"{split} ({n} images)" for split, n in counts.items())
+    typer.echo(json.dumps({"folder": str(out), "images": counts}) if as_json else f"{out} holds {told} and CREDITS.txt")
+
+
 @app.command()
 @refusing
 def tokenize(
@@ -336,6 +355,7 @@ app.command("control-score")(of_control.control_score)
 app.command()(of_features.features)
 app.command()(of_latents.latents)
 app.command()(of_trajectories.trajectories)
+app.command()(of_retrieval.retrieval)
 
 
 @app.command()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from varkit.eight_bit import open_packed, packed_folder
 from varkit.metrics.report import Report
 from varkit.model_card import model_card
 
@@ -165,7 +166,16 @@ def _line(error: Exception) -> str:
 
 
 class HubMixin:
-    """`push_to_hub` with varkit's card, in place of the one of diffusers. Put it before diffusers' classes."""
+    """`push_to_hub` with varkit's card, in place of the one of diffusers, and weights that are stored in eight bits.
+
+    Put it before diffusers' classes.
+    """
+
+    @classmethod
+    def from_pretrained(cls, name: Any, **options: Any) -> Any:
+        """As in diffusers; folders of `varkit.eight_bit` are opened too."""
+        folder = packed_folder(name, options.get("subfolder"))
+        return open_packed(cls, folder, **options) if folder else super().from_pretrained(name, **options)  # type: ignore[misc]
 
     def push_to_hub(
         self,

@@ -46,6 +46,7 @@ class Draw(IntEnum):
     DISCRIMINATOR = 30  # how images are changed before a discriminator sees them
     LATENT = 50  # the sample of a posterior over latents
     NOISE = 51  # where a flow starts, and the noise it is trained with
+    STUDENT_NOISE = 53  # where a distilled student starts: never a trajectory that it learned from
     SIGMA = 52  # how much of that noise, in training
     ORDER = 60  # the order in which tokens are predicted, and whether it is a random one
     CONFIDENCE = 61  # noise on how sure a drawn token is, in masked sampling

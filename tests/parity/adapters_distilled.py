@@ -101,7 +101,7 @@ def generate(case: Case, **more: Any) -> tuple[Any, list[DistilledStep], Answers
     condition = LabelCondition(model.num_classes)
     cond = condition.encode(class_labels=case.inputs["label"])
     uniform = torch.full((len(cond), model.layout.length), 0.5)  # the teacher's top_k is 1: any number does
-    rng = RecordedRng(normal={Draw.NOISE: case.inputs["noise"]}, uniform={Draw.TOKEN: uniform})
+    rng = RecordedRng(normal={Draw.STUDENT_NOISE: case.inputs["noise"]}, uniform={Draw.TOKEN: uniform})
     steps: list[DistilledStep] = []
     pipeline = DistilledPipeline(model, tokenizer, DistilledSampler())
     settings = {"times": case.settings["t_list"], "split": case.settings["split_t"], **more}

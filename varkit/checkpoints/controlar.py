@@ -20,7 +20,7 @@ from torch import Tensor
 from varkit.checkpoints import llamagen
 from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
 from varkit.conditioning.control import ENCODERS
-from varkit.generators.llamagen import CONTROL_SAMPLING
+from varkit.generators.controlar import CONTROL_SAMPLING
 
 SIGN = "adapter_mlp.fc1.weight"
 ENCODER = "adapter.model."

@@ -1,4 +1,4 @@
-"""Text as a condition: features of a frozen text encoder, padded on the left.
+"""Text as a condition: features of a text encoder, padded on the left.
 
 Source: FoundationVision/LlamaGen: language/t5.py, autoregressive/sample/sample_t2i.py (ce98ec4).
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from varkit.conditioning.captions import clean_caption
@@ -37,6 +38,36 @@ def left_padded(sequence: Tensor, mask: Tensor) -> Cond:
     return Cond(sequence=rolled * visible[..., None].to(sequence), mask=visible.bool())
 
 
+def pooled(states: Tensor, mask: Tensor, pool: int) -> tuple[Tensor, Tensor]:
+    """Means of `pool` neighbours that are real: (B, n, E) and (B, n) padded on the right -> ceil(n / pool) of each."""
+    if pool == 1:
+        return states, mask
+    room = -states.shape[1] % pool
+    states, mask = F.pad(states, (0, 0, 0, room)), F.pad(mask, (0, room))
+    real = mask.unflatten(1, (-1, pool))[..., None].to(states)  # B m pool 1
+    means = (states.unflatten(1, (-1, pool)) * real).sum(2) / real.sum(2).clamp_min(1)
+    return means, mask.unflatten(1, (-1, pool)).amax(2)
+
+
+def byte_encoder(width: int, depth: int, heads: int, *, pool: int = 1, dropout: float = 0.1) -> tuple[Any, Any]:
+    """A new T5 that reads bytes, and its tokenizer, which needs no files.
+
+    Args: pool: neighbouring bytes whose states become one feature, noted in the encoder's config.
+    Raises: ImportError without transformers; ValueError where heads do not divide the width.
+    """
+    try:
+        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+    except ImportError:
+        raise ImportError("a text encoder needs the package transformers: pip install 'varkit[text]'") from None
+    if width % heads:
+        raise ValueError(f"the text encoder's width {width} must be a multiple of its heads {heads}")
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    sizes: dict[str, Any] = {"d_model": width, "d_kv": width // heads, "d_ff": 4 * width, "pool": pool}
+    sizes |= {"num_layers": depth, "num_heads": heads, "dropout_rate": dropout, "feed_forward_proj": "gated-gelu"}
+    config = T5Config(vocab_size=len(tokenizer), **sizes)
+    return T5EncoderModel(config), tokenizer
+
+
 class TextCondition(Condition):
     """Prompts, or features made of them before, as a condition.
 
@@ -44,7 +75,8 @@ class TextCondition(Condition):
         encoder: a transformers encoder (such as a T5EncoderModel), or the name or folder of one (T5 and whatever else
             `AutoModelForTextEncoding` opens), opened when first needed.
         tokenizer: its tokenizer; opened with the encoder when that is a name.
-        max_length: T, tokens a caption; shorter ones are padded on the left, longer ones cut with a warning.
+        max_length: T, features a caption; shorter ones are padded on the left, longer ones cut with a warning. A
+            feature is of one token, or the mean of `pool` neighbours where the encoder's config has that number.
         clean: take links, mark-up and codes out first (`clean_caption`).
         strict: refuse captions that are too long.
         null_features: (T, E) of no text, for `null`.
@@ -117,26 +149,34 @@ class TextCondition(Condition):
         self.open()
         return int(self.encoder.config.hidden_size)
 
+    @property
+    def pool(self) -> int:
+        """Tokens that become one feature; opens the encoder."""
+        self.open()
+        return int(getattr(self.encoder.config, "pool", 1))
+
     def lengths(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, none cut off. `texts` are as the encoder reads them (`as_read`)."""
+        """Features of each text, none cut off. `texts` are as the encoder reads them (`as_read`)."""
         self.open()
         if self.tokenizer is None:
             raise ValueError("a text encoder needs its tokenizer: give tokenizer=")
-        return [len(ids) for ids in self.tokenizer(list(texts))["input_ids"]]
+        return [-(-len(ids) // self.pool) for ids in self.tokenizer(list(texts))["input_ids"]]
 
-    @torch.no_grad()
     def states(self, texts: Sequence[str], padding: str = "max_length") -> tuple[Tensor, Tensor]:
         """What the encoder makes of texts as it reads them: (B, T, E) padded on the right, and (B, T), 1 where real.
 
+        Gradients flow while the encoder is in training mode.
+
         Args: padding: `max_length`, or `longest`, which is faster, and the same but for rounding.
         """
-        self.open()
+        pool = self.pool
         batch = self.tokenizer(
-            list(texts), max_length=self.max_length, padding=padding, truncation=True, return_tensors="pt"
+            list(texts), max_length=self.max_length * pool, padding=padding, truncation=True, return_tensors="pt"
         )
         device = next(self.encoder.parameters()).device
         ids, real = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        return self.encoder(input_ids=ids, attention_mask=real).last_hidden_state, real
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoder.training):
+            return pooled(self.encoder(input_ids=ids, attention_mask=real).last_hidden_state, real, pool)
 
     def cleaned(self, prompts: Sequence[str]) -> list[str]:
         """The prompts as they are encoded. Raises ValueError naming the first of which nothing is left."""

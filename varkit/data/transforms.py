@@ -21,7 +21,11 @@ from varkit.rng import Draw, Rng
 
 log = logging.getLogger("varkit.data")
 
-Mode = Literal["crop", "center", "pad", "squash"]
+Mode = Literal["crop", "center", "pad", "squash", "shift"]
+
+RANDOM_MODES = ("crop", "shift")
+SHIFT = 1 / 32
+"""Images of mode `shift` move by up to this share of their sides."""
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MAX_FAILURES = 100  # consecutive unreadable images after which a set is given up
@@ -70,13 +74,14 @@ class ImageTransform:
     """Pixels of the output: one number for a square, or (height, width)."""
     mode: Mode = "crop"
     """crop: resize to cover `enlarge` * size, cut a random window.  center: cut the middle instead.
-    pad: no resizing, centred on black (-1).  squash: resize to `size`, aspect ratio not kept."""
+    pad: no resizing, centred on black (-1).  squash: resize to `size`, aspect ratio not kept.
+    shift: the same, then moved by up to 1/32 of the sides at random; what comes in repeats the edge."""
     enlarge: float = 1.125
     """crop and center only: the shorter side becomes round(enlarge * size); at least 1."""
     flip: bool = False
     """Mirror left-right with probability 1/2."""
     seed: int = 0
-    """Seed of crop windows and flips."""
+    """Seed of crop windows, shifts and flips."""
 
     def __post_init__(self) -> None:
         if isinstance(self.size, list):  # how YAML and JSON write a pair
@@ -142,14 +147,14 @@ class ImageTransform:
 
     def uniforms(self, keys: Tensor) -> Tensor:
         """The random numbers of each image: int64 keys (B,) -> float32 (B, 3): top, left, flip."""
-        if self.mode != "crop" and not self.flip:
+        if self.mode not in RANDOM_MODES and not self.flip:
             return torch.zeros(len(keys), 3)
         return Rng.for_keys(self.seed, keys).uniform(torch.arange(3), Draw.AUGMENT)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Size to which an image of (height, width) is resized before it is cropped or padded."""
         out_height, out_width = self.height_width
-        if self.mode == "squash":
+        if self.mode in ("squash", "shift"):
             return out_height, out_width
         if self.mode == "pad":
             if height > out_height or width > out_width:
@@ -177,6 +182,11 @@ class ImageTransform:
         elif self.mode == "center":
             top, left = round(down / 2), round(right / 2)
             images = images[..., top : top + height, left : left + width]
+        elif self.mode == "shift":
+            rows = _moved(uniforms[:, 0], height)[:, :, None]  # B H 1
+            columns = _moved(uniforms[:, 1], width)[:, None]  # B 1 W
+            which = torch.arange(len(images), device=images.device)[:, None, None]
+            images = images[which, :, rows, columns].permute(0, 3, 1, 2)
         if self.flip:  # before padding: the picture keeps its place
             mirrored = (uniforms[:, 2] < 0.5)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
@@ -190,6 +200,13 @@ class ImageTransform:
 def _offsets(uniforms: Tensor, room: int) -> Tensor:
     """Uniforms in (0, 1) -> int64 in [0, room]; clamped because a product may round up."""
     return (uniforms * (room + 1)).long().clamp_(max=room)
+
+
+def _moved(uniforms: Tensor, side: int) -> Tensor:
+    """Uniforms (B,) -> which row or column of the image comes where, (B, side)."""
+    most = round(side * SHIFT)
+    start = _offsets(uniforms, 2 * most) - most
+    return (torch.arange(side, device=uniforms.device) + start[:, None]).clamp_(0, side - 1)
 
 
 _ELSEWHERE = "could not be decoded in a loader worker, whose log says why"

@@ -33,7 +33,7 @@ class Student(ABC):
     Attributes:
         layout, num_classes: the teacher's.
         units: (L,) int64, of each position.   unit: what a unit is called.   num_units: how many.
-        condition, sampler: as those of `Generator`.
+        condition, takes, sampler: as those of `Generator`.
     """
 
     layout: TokenLayout
@@ -42,6 +42,7 @@ class Student(ABC):
     unit: str
     num_units: int
     condition = "class"
+    takes = frozenset({"class"})
     sampler = "DistilledSampler"
 
     @classmethod

@@ -502,7 +502,9 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         """
         if self.training:
             cond = self.drop_condition(cond, rng)
-        out = self._run(inputs, cond, hidden_layer)
+        given = (cond.labels,) if cond.vector is not None else cond.text
+        steering = {"control": cond.control, "control_weight": cond.control_weight}
+        out = self(inputs, *given, hidden_layer=hidden_layer, **steering)  # by __call__, which torch.compile replaces
         logits, hidden = (out, None) if hidden_layer is None else out
         if weight is None:
             weight = torch.full_like(logits[..., 0], 1 / self.layout.length)
@@ -519,7 +521,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         return {"loss": loss, **log}
 
 
-def _builder(**preset: Any) -> Callable[..., LlamaGen]:
+def builder(**preset: Any) -> Callable[..., LlamaGen]:
     return lambda **overrides: cast(LlamaGen, LlamaGen(**{**preset, **overrides}))
 
 
@@ -543,13 +545,8 @@ _TINY: dict[str, Any] = {
     "codebook_size": TINY_TOKENIZER["codebook_size"],
     "latent_dim": TINY_TOKENIZER["latent_dim"],
 }
-_TINY_CLASS = {**_TINY, "num_classes": 3}
-_TINY_TEXT = {**_TINY, "text_length": 5, "text_dim": 12}
-_TINY_CONTROL: dict[str, Any] = {
-    "depth": 3,
-    "control": {"encoder": {"width": 12, "depth": 1, "heads": 2, "patch": 2, "grid": 4}},
-    "control_drop_rate": 0.1,
-}
+TINY_CLASS = {**_TINY, "num_classes": 3}
+TINY_TEXT = {**_TINY, "text_length": 5, "text_dim": 12}
 _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
     **{
         f"llamagen_{name}": (
@@ -582,34 +579,20 @@ _PRESETS: dict[str, tuple[dict[str, Any], str, str]] = {
         "vq_f8_64",
         "a small one for captioned images of 64x64 and features of 768 numbers, 15 M parameters",
     ),
-    **{
-        f"controlar_c2i_{name}": (
-            {"depth": depth, "hidden_size": width, "num_heads": heads, "control": {"encoder": "vit-small"}},
-            "vq_ds16",
-            f"ControlAR-{name.upper()}: LlamaGen-{name.upper()} steered by control images, 256x256",
-        )
-        for name, (depth, width, heads, _) in SIZES.items()
-        if name in ("b", "l")
-    },
-    **{
-        f"controlar_t2i_xl{tag}": (
-            {
-                "num_classes": None,
-                "depth": 36,
-                "hidden_size": 1280,
-                "num_heads": 20,
-                "rope_grid": places,
-                "control": {"encoder": f"dinov2-{encoder}"},
-            },
-            "vq_ds16",
-            f"ControlAR: LlamaGen-XL from text and control images, DINOv2-{encoder}; {what}",
-        )
-        for tag, encoder, places, what in (
-            ("", "small", None, "released at 512x512"),
-            ("_mr", "small", (48, 48), "released for any sides up to the area of 768x768"),
-            ("_base", "base", None, "released at 512x512"),
-        )
-    },
+    "llamagen_emoji": (
+        {
+            "num_classes": None,
+            "text_length": 16,
+            "text_dim": 128,
+            "depth": 6,
+            "hidden_size": 224,
+            "num_heads": 7,
+            "grid": 8,
+            "codebook_size": 1024,
+        },
+        "vq_emoji",
+        "captioned drawings of 64x64 pixels, with a text encoder of 128 numbers, 4.8 M parameters",
+    ),
     "llamagen_fashion": (
         {"num_classes": 10, "depth": 6, "hidden_size": 192, "num_heads": 6, "grid": 8, "codebook_size": 512},
         "vq_fashion",
@@ -621,14 +604,10 @@ for _name, (_preset, _tokenizer, _summary) in _PRESETS.items():
         ModelEntry(
             _name,
             "generator",
-            _builder(**_preset),
+            builder(**_preset),
             _summary,
             tokenizer=_tokenizer,
-            tiny={
-                **(_TINY_TEXT if _preset.get("num_classes", 0) is None else _TINY_CLASS),
-                **(_TINY_CONTROL if "control" in _preset else {}),
-                **({"rope_grid": (5, 4)} if _preset.get("rope_grid") else {}),
-            },
+            tiny=TINY_TEXT if _preset.get("num_classes", 0) is None else TINY_CLASS,
             tiny_tokenizer=TINY_TOKENIZER,
         )
     )
@@ -637,9 +616,6 @@ CLASS_SAMPLING = {"guidance_scale": 4.0, "guidance_schedule": "constant", "top_k
 """The official demo's; the published FIDs are of other settings."""
 
 TEXT_SAMPLING = {"guidance_scale": 7.5, "guidance_schedule": "constant", "top_k": 1000}
-
-CONTROL_SAMPLING = {"guidance_scale": 4.0, "guidance_schedule": "constant", "top_k": 2000}
-"""Of ControlAR's scripts."""
 
 for _size, _pixels, _score in (
     ("b", 256, "FID 5.46, IS 193.6 (README), ADM evaluator, guidance 2.0, top_k 0"),
@@ -677,34 +653,5 @@ for _stage, _pixels in ((1, 256), (2, 512)):
             tokenizer="vq_ds16.t2i",
             overrides={"grid": _pixels // 16},
             sampling=TEXT_SAMPLING,
-        )
-    )
-
-for _file, _builder_name, _kinds, _resize in (
-    ("canny_MR", "controlar_t2i_xl_mr", ("canny",), "nearest"),
-    ("depth_MR", "controlar_t2i_xl_mr", ("depth",), "bicubic"),
-    ("hed", "controlar_t2i_xl", ("hed",), "bicubic"),
-    ("seg_cocostuff", "controlar_t2i_xl", ("seg",), "nearest"),
-    ("edge_base", "controlar_t2i_xl_base", (), "bicubic"),
-    ("depth_base", "controlar_t2i_xl_base", ("depth",), "bicubic"),
-):
-    _large = _builder_name.endswith("_mr")
-    _encoder = "dinov2-base" if _builder_name.endswith("_base") else "dinov2-small"
-    register_checkpoint(
-        Checkpoint(
-            name=f"{_builder_name}.{_file.lower()}",
-            repo_id="wondervictor/ControlAR",
-            filename=f"{_file}.safetensors",
-            licence="not stated with the files",
-            paper="arXiv 2410.02705",
-            resolution=768 if _large else 512,
-            official_score="none that we could check against its source",
-            tokenizer="vq_ds16.t2i",
-            overrides={
-                "grid": 48 if _large else 32,
-                "rope_grid": (48, 48) if _large else None,
-                "control": {"encoder": _encoder, "kinds": list(_kinds), "resize": _resize},
-            },
-            sampling=CONTROL_SAMPLING,
         )
     )

@@ -28,7 +28,7 @@ from varkit.data.codes import (
 )
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.latents import latent_sums
-from varkit.data.transforms import ImageTransform, Mode
+from varkit.data.transforms import RANDOM_MODES, ImageTransform, Mode
 from varkit.interfaces import Tokenizer
 from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint
@@ -54,8 +54,8 @@ class Views:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.mode == "crop":
-            raise ValueError("mode crop is random; tokens are made of fixed views: center, pad or squash")
+        if self.mode in RANDOM_MODES:
+            raise ValueError(f"mode {self.mode} is random; tokens are made of fixed views: center, pad or squash")
         if self.crops not in (1, 10):
             raise ValueError(f"crops must be 1 or 10; got {self.crops}")
         if not self.enlarge or min(self.enlarge) < 1:

@@ -170,7 +170,7 @@ class DistilledSampler(SchedulerMixin, ConfigMixin):
         if start is not None and teacher is None:
             raise ValueError("teacher_start needs the teacher: give the pipeline one (pipeline.teacher = ...)")
         began, step = time.perf_counter(), 0
-        noise = start_noise(rng, transformer.layout)  # B L C
+        noise = start_noise(rng, transformer.layout, Draw.STUDENT_NOISE)  # B L C
         codebook, x = tokenizer.codebook.to(noise), noise
 
         def tell(positions: Tensor, tokens: Tensor, by: str) -> None:

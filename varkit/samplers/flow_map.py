@@ -88,9 +88,12 @@ def possible_codes(log_probs: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor,
     return kept, codebook[ids], ids
 
 
-def start_noise(rng: Rng, layout: TokenLayout) -> Tensor:
-    """The noise (B, L, C) that a sequence is a function of. Its numbers are those of each image's seed alone."""
-    return rng.normal(torch.arange(layout.length), Draw.NOISE, count=layout.dim)
+def start_noise(rng: Rng, layout: TokenLayout, kind: Draw = Draw.NOISE) -> Tensor:
+    """The noise (B, L, C) that a sequence is a function of. Its numbers are those of each image's seed alone.
+
+    Args: kind: of the draw. Trajectories and samples have different ones, so that the same seed gives them other noise.
+    """
+    return rng.normal(torch.arange(layout.length), kind, count=layout.dim)
 
 
 @dataclass(frozen=True)

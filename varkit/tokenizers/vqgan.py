@@ -161,6 +161,8 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
             downsampling factor is 2 ** (len(channel_multipliers) - 1).
         image_channels: 3, or 1 for grey images (then `encode` averages the channels and `decode` repeats).
         attention, mid_attention: self-attention at the coarsest level and between the middle blocks.
+        patch_size: encoder and decoder see the pixels of each patch of so many a side as channels of one place: their
+            finest, dearest level has so much smaller sides, and the downsampling factor is as much larger.
         grid: tokens a side, or (height, width).
         Others: see `VectorQuantizer`.
     Raises: ValueError on an impossible combination, naming both sides.
@@ -189,8 +191,11 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         entropy_weight: float = 0.0,
         track_usage: bool = True,
         grid: int | Sequence[int] = 16,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
+        if patch_size < 1:
+            raise ValueError(f"patch_size must be at least 1; got {patch_size}")
         if any((base_channels * m) % 32 for m in channel_multipliers):
             raise ValueError(
                 f"every width base_channels * multiplier must be a multiple of 32 (GroupNorm has 32 groups); "
@@ -199,9 +204,9 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         if image_channels not in (1, 3):
             raise ValueError(f"image_channels must be 1 (grey) or 3; got {image_channels}")
         self.layout = TokenLayout(square_grids([grid]), codebook_size, latent_dim)
-        self.downsampling = 2 ** (len(channel_multipliers) - 1)
+        self.downsampling = patch_size * 2 ** (len(channel_multipliers) - 1)
         backbone: dict[str, Any] = {
-            "image_channels": image_channels,
+            "image_channels": image_channels * patch_size**2,
             "latent_dim": z_channels,
             "base_channels": base_channels,
             "multipliers": tuple(channel_multipliers),
@@ -240,6 +245,8 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
             raise ValueError(f"images must be (B, 3, H, W) in [-1, 1]; got shape {tuple(images.shape)}")
         if self.config.image_channels == 1:
             images = images.mean(1, keepdim=True)
+        if self.config.patch_size > 1:
+            images = F.pixel_unshuffle(images, self.config.patch_size)
         images = images.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
         return self.quant_conv(self.encoder(images))
 
@@ -274,6 +281,8 @@ class VQGAN(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         """Quantised (B, C, h, w) -> images (B, 3, H, W), not clamped."""
         latents = latents.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
         images = self.decoder(self.post_quant_conv(latents))
+        if self.config.patch_size > 1:
+            images = F.pixel_shuffle(images, self.config.patch_size)
         return images.expand(-1, 3, -1, -1) if self.config.image_channels == 1 else images
 
     def latents(self, tokens: Tensor, grid: int | Sequence[int] | None = None) -> Tensor:
@@ -320,6 +329,19 @@ _PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "vq_f8_64": (
         {"codebook_size": 1024, "base_channels": 64, "channel_multipliers": (1, 2, 2, 4), **_SMALL},
         "a small one for 64x64 images: f8, 1024 codes, 64 tokens",
+    ),
+    "vq_emoji": (
+        {
+            "codebook_size": 1024,
+            "base_channels": 32,
+            "channel_multipliers": (1, 2, 3),
+            "num_res_blocks": 1,
+            "z_channels": 64,
+            "attention": False,
+            "grid": 8,
+            "patch_size": 2,
+        },
+        "drawings of 64x64 pixels: f8, 1024 codes, 64 tokens, cheap enough for one CPU core",
     ),
     "vq_fashion": (
         {

@@ -18,6 +18,8 @@ import torch
 from varkit.config import build, config, load_yaml
 from varkit.data.images import open_images
 from varkit.data.transforms import ImageTransform
+from varkit.eight_bit import pack_tensors, write_packed
+from varkit.hub import HubMixin
 from varkit.metrics.report import Report
 from varkit.model_card import markdown_table, plain_table, read_metrics, run_facts, score_table
 from varkit.pictures import grid, save_png, to_pil
@@ -53,7 +55,7 @@ class CardText:
     commands: tuple[str, ...] = ()
     runs: dict[str, Any] = field(default_factory=dict)
     classifier: str | None = None
-    dtype: Literal["float32", "float16"] = "float32"
+    dtype: Literal["float32", "float16", "int8"] = "float32"  # int8: `varkit.eight_bit`
     curves: tuple[tuple[str, str], ...] = ()
     data: str = "fashion-mnist"
     split: str = "test"
@@ -75,7 +77,15 @@ def pack_model(text: CardText, folder: Path) -> None:
     runs = [build(CardRun, value) for value in text.runs.values()]
     last = next(run for run in reversed(runs) if run.part == "transformer")
     pipeline = AutoPipeline.from_pretrained(Path(last.folder) / "model")
-    pipeline.to(getattr(torch, text.dtype)).save_pretrained(folder)
+    models = {
+        name: part
+        for name, part in pipeline.components.items()
+        if isinstance(part, HubMixin) and isinstance(part, torch.nn.Module)
+    }
+    packed = {name: pack_tensors(part.state_dict()) for name, part in models.items() if text.dtype == "int8"}
+    pipeline.to(torch.float32 if text.dtype == "float32" else torch.float16).save_pretrained(folder)
+    for name, tensors in packed.items():
+        write_packed(tensors, folder / name)
     if text.classifier is not None:
         shutil.copytree(text.classifier, folder / "classifier", dirs_exist_ok=True)
 

@@ -238,7 +238,8 @@ class Trainer:
                 size, mode=data.mode, enlarge=data.enlarge, flip=data.flip, seed=self.loop.seed
             )
         if isinstance(self.validation, ImageDataset):
-            mode = "center" if data.mode == "crop" else data.mode
+            still: dict[str, Any] = {"crop": "center", "shift": "squash"}
+            mode = still.get(data.mode, data.mode)
             self.validation.transform = ImageTransform(size, mode=mode, enlarge=data.enlarge)
 
     def _loader(self) -> DataLoader[Any]:

@@ -82,7 +82,7 @@ def add_adapter(model: Any, plan: LoRA, beside: Sequence[str] = ()) -> str:
     ]
     settings = LoraConfig(
         r=plan.rank,
-        lora_alpha=plan.alpha,
+        lora_alpha=plan.alpha,  # type: ignore[arg-type]
         lora_dropout=plan.dropout,
         target_modules=names,  # type: ignore[arg-type]
         exclude_modules=alike or None,

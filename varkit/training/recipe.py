@@ -22,7 +22,7 @@ class DataConfig:
     validation: str | None = None  # None: no validation
     validation_split: str = "test"
     root: str | None = None  # where a named data set lies, if not in its usual place
-    mode: Literal["crop", "center", "pad", "squash"] = "crop"
+    mode: Literal["crop", "center", "pad", "squash", "shift"] = "crop"
     enlarge: float = 1.125  # crop and center: the shorter side becomes this times the size
     flip: bool = False  # mirror half of the images
     workers: int = 2  # processes that read images; 0: in the training process

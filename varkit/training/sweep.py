@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from varkit.config import ConfigError, build, config, load_yaml, nearest
+from varkit.data.transforms import RANDOM_MODES
 from varkit.interfaces import Objective
 from varkit.rng import Rng
 from varkit.training.checkpoint import Checkpoints
@@ -235,7 +236,7 @@ def _remember(trainer: Trainer, recipe: Recipe, memory: dict[str, CodeMemory]) -
     data = recipe_values(recipe)["data"]
     key = json.dumps([recipe.objective.tokenizer, data], sort_keys=True)
     sets = {False: trainer.validation}
-    if recipe.data.mode != "crop" and not recipe.data.flip:  # in training an image must always look the same
+    if recipe.data.mode not in RANDOM_MODES and not recipe.data.flip:  # in training an image must always look the same
         sets[True] = trainer.dataset
     for training, dataset in sets.items():
         if dataset is not None:

@@ -22,6 +22,7 @@ OBJECTIVES = {
     "sub-codes": "varkit.training.objectives.sub_codes",
     "eagle": "varkit.training.objectives.eagle",
     "classifier": "varkit.training.objectives.classifier",
+    "matcher": "varkit.training.objectives.matcher",
 }
 """Name -> module; each module has `Config` and `Training`."""
 

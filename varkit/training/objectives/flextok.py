@@ -86,7 +86,7 @@ class Training(Objective):
         return model
 
     def trained(self, phase: str) -> nn.Module:
-        return self.tokenizer if self.repa is None else Together(self.tokenizer, self.repa)
+        return self.tokenizer if self.repa is None else Together(self.tokenizer, variants=self.repa)
 
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         images, repa = batch["images"], self.config.repa

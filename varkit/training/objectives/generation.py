@@ -72,6 +72,7 @@ class GeneratorTraining(Objective):
     shards = True
     kind: type[Any]  # class of the generator; a subclass sets it before `__init__`, or for good
     captions: Captions | None = None  # of a generator of texts; a subclass sets it before `__init__`
+    text_encoder: nn.Module | None  # of the captions, where it is trained too
     config: Any
 
     def __init__(self, config: Any, classes: list[str]) -> None:
@@ -87,9 +88,13 @@ class GeneratorTraining(Objective):
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.condition = LabelCondition(self.model.num_classes)
+        self.text_encoder = None  # here, not at the class: there it would hide the module
         if self.captions is not None:
             self.captions.fit(self.model)
-            if self.captions.network is not None:
+            if self.captions.trains:
+                self.text_encoder = self.captions.network
+                self.shards = False
+            elif self.captions.network is not None:
                 self.freeze("text_encoder", self.captions.network)
         self.max_steps = 1
         self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
@@ -152,7 +157,9 @@ class GeneratorTraining(Objective):
         return registry.create_model(self.config.model, **sizes)
 
     def trained(self, phase: str) -> nn.Module:
-        return self.model if self.variants is None else Together(self.model, self.variants)
+        others = {"variants": self.variants, "text_encoder": self.text_encoder}
+        present = {name: module for name, module in others.items() if module is not None}
+        return Together(self.model, **present) if present else self.model
 
     def options(self, step: int, max_steps: int) -> dict[str, Any]:
         """What the generator's `training_loss` is given besides its tensors."""
@@ -245,6 +252,8 @@ class GeneratorTraining(Objective):
         pipeline = assemble(model or self.model, self.frozen("tokenizer"), self.config.sampling)
         if self.captions is not None:
             pipeline.register_to_config(text_encoder_name=self.captions.encoder, clean_prompts=self.captions.clean)
+            if self.captions.trains:
+                pipeline.register_modules(text_encoder=self.text_encoder, tokenizer=self.captions.condition.tokenizer)
         else:
             pipeline.register_to_config(id2label={str(i): name for i, name in enumerate(self.classes)} or None)
         pipeline.set_progress_bar_config(disable=True)

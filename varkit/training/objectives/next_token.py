@@ -18,7 +18,7 @@ from varkit.data.codes import CodeInfo
 from varkit.generators.rar import random_ratio
 from varkit.interfaces import Losses
 from varkit.rng import Rng
-from varkit.training.captions import Captions
+from varkit.training.captions import Captions, TextEncoderConfig
 from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
 from varkit.training.sizes import Sizes, brought_to
 
@@ -35,9 +35,10 @@ class Config(GeneratorConfig):
     label_smoothing: float | None = None  # None: as the generator's paper
     random_orders: tuple[float, float] | None = None  # RAR: shares of the run until which all images, and after which
     # none, come in a random order; None: 0.5 and 0.75
-    features: str | None = None  # of a generator of texts: a folder of `varkit features` with all captions
     sizes: Sizes | None = None  # of images, drawn for each batch; None: always the tokenizer's
-    text_encoder: str | None = None  # instead: a transformers encoder that makes them anew for each batch
+    features: str | None = None  # of a generator of texts: a folder of `varkit features` with all captions
+    text_encoder: str | TextEncoderConfig | None = None  # instead: a transformers encoder that makes them anew for each
+    # batch; or a section, {width: 128, ...}, the sizes of a new one of bytes that learns along with the generator
 
     def __post_init__(self) -> None:
         if self.label_smoothing is not None and not 0 <= self.label_smoothing < 1:
@@ -51,6 +52,11 @@ class Config(GeneratorConfig):
             raise ConfigError("objective.features and objective.text_encoder both make features of captions: give one")
         if self.sizes is not None and self.any_variant:
             raise ConfigError("objective.sizes does not go with objectives that change the loss; leave one of them out")
+        if isinstance(self.text_encoder, TextEncoderConfig) and self.init_from is not None:
+            raise ConfigError(
+                f"objective.text_encoder={{...}} is a new encoder, which the generator of objective.init_from "
+                f"{self.init_from} does not know; leave one of them out"
+            )
         super().__post_init__()
 
 
@@ -101,7 +107,7 @@ class Training(GeneratorTraining):
         if condition == "text" and not given:
             raise ConfigError(
                 f"objective.model {config.model} is conditioned on text: give objective.features, a folder that "
-                f"`varkit features` wrote, or objective.text_encoder, the name of an encoder"
+                f"`varkit features` wrote, or objective.text_encoder, the name of an encoder or the sizes of a new one"
             )
         if "num_classes" in config.model_overrides and (given or config.model_overrides["num_classes"] is None):
             raise ConfigError(

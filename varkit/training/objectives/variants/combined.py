@@ -237,11 +237,13 @@ class Variants(nn.Module):
 
 
 class Together(nn.Module):
-    """A network and what its options learn, as the one module that is optimised and averaged."""
+    """A network and what learns with it, such as its options, as the one module that is optimised and averaged."""
 
-    def __init__(self, model: nn.Module, variants: nn.Module) -> None:
+    def __init__(self, model: nn.Module, **others: nn.Module) -> None:
         super().__init__()
-        self.model, self.variants = model, variants
+        self.model = model
+        for name, module in others.items():
+            self.add_module(name, module)
         self.no_decay = getattr(model, "no_decay", ())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:

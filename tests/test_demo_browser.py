@@ -373,7 +373,7 @@ def test_a_photo_and_a_drawing_steer(browser: Browser, asking: str, shots: Path,
     browser.click("[role=option]:last-of-type")
     wait("the board", lambda: browser.run("return !!document.querySelector('#control-board canvas')"))
     browser.drag("#control-board canvas", (0.2, 0.3), (0.8, 0.3))
-    browser.drag("#control-board canvas", (0.5, 0.3), (0.5, 0.9))
+    browser.drag("#control-board canvas", (0.5, 0.9), (0.5, 0.4))
     browser.click("#control-button")
     wait("the drawn map", lambda: "--control map.png" in browser.text("#control-command").replace("\n", " "))
     wait("its images", lambda: "images of 24 x 16" in browser.text("#control-status"))

@@ -45,6 +45,7 @@ from varkit.demo.uploads import Upload, upload_box
 from varkit.rng import Rng
 
 MOST_STRENGTH = 2.0
+ABOUT = "What steers. Edges are drawn by dragging; start on a line to take it away"
 
 
 def kinds_of(pipeline: Any) -> tuple[str, ...]:
@@ -130,7 +131,7 @@ def input_controls(pipeline: Any, source: str) -> tuple[list[Any], list[Any]]:
     """The boxes of a control (upload, source, board, kind, strength) and of what is drawn (class, prompt)."""
     gr, kinds, text = need_gradio(), kinds_of(pipeline), pipeline.transformer.condition == "text"
     offered = [(TITLES[name], name) for name in sources()]
-    where = gr.Dropdown(offered, value=source, label="Control", elem_id="control-source")
+    where = gr.Dropdown(offered, value=source, label="Control", info=ABOUT, elem_id="control-source")
     upload = upload_box("control", visible=source != DRAWN)
     board = painter(
         board_grid(pipeline), "control-board", marks=no_marks(board_grid(pipeline)), image=board_of(pipeline)["image"],

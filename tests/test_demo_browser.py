@@ -205,6 +205,22 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `varkit demo` with a tiny model of texts and one that control images steer."""
+    from tests.test_demo_steer import save_steered, save_text
+    from tests.test_text import save_encoder
+
+    folder = tmp_path_factory.mktemp("asking")
+    models = [
+        save_steered(folder / "tiny-control"),
+        save_text(folder / "tiny-text", save_encoder(folder / "t5"), control=None),
+    ]
+    command = ["-m", "varkit", "demo", "--port", "{port}", *(f"--model={model}" for model in models)]
+    with served(command, folder / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
 def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     folder, port = tmp_path_factory.mktemp("chromium"), free_port()
     with process([str(CHROMEDRIVER), f"--port={port}"], folder / "chromedriver.log"):
@@ -220,8 +236,9 @@ def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bro
 
 
 def tab(browser: Browser, name: str) -> None:
-    script = "[...document.querySelectorAll('button[role=tab]')].find(b => b.innerText.trim() == arguments[0]).click()"
-    browser.run(script, name)
+    """Open it; on a phone it may stand in the menu of those that have no room, whose buttons come last."""
+    script = "[...document.querySelectorAll('.tab-wrapper button')].filter(b => b.textContent.trim() == arguments[0])"
+    browser.run(script + ".pop().click()", name)
 
 
 def test_generate_shows_images_scales_and_command(browser: Browser, shots: Path) -> None:
@@ -320,6 +337,70 @@ def test_a_too_large_image_is_refused_in_words(browser: Browser, tmp_path: Path)
 def test_nothing_is_loaded_from_elsewhere(browser: Browser, page: str) -> None:
     loaded = browser.run("return performance.getEntriesByType('resource').map(e => e.name)")
     assert [u for u in loaded if not u.startswith((page, "data:", "blob:"))] == []
+
+
+# ---- control and text --------------------------------------------------------------------------------------------
+
+
+def on_a_phone(browser: Browser, path: Path) -> None:
+    browser.width(390, 844)
+    time.sleep(1)
+    assert browser.run("return document.documentElement.scrollWidth") <= 390
+    browser.screenshot(path, whole=True)
+    browser.width(1280, 900)
+    time.sleep(0.5)
+
+
+def test_a_photo_and_a_drawing_steer(browser: Browser, asking: str, shots: Path, tmp_path: Path) -> None:
+    browser.open(asking)
+    wait("the tab of the first model", lambda: browser.text("#control-button"))  # it is shown first
+    pixels = np.zeros((60, 90, 3), np.uint8)
+    pixels[15:45, 20:70] = (220, 60, 40)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    browser.send_file("#control-upload input[type=file]", tmp_path / "photo.png")
+    wait("the map", lambda: browser.pictures("#control-map") == 1)
+    browser.click("#control-button")
+    wait("the images", lambda: "images of 24 x 16" in browser.text("#control-status"))
+    wait(
+        "their pictures", lambda: browser.pictures("#control-images") >= 3 and browser.pictures("#control-scales") >= 4
+    )
+    assert "--control image.png --extract canny" in browser.text("#control-command").replace("\n", " ")
+    browser.screenshot(shots / "control-1280.png")
+    on_a_phone(browser, shots / "control-390.png")
+
+    browser.click("#control-source input")
+    wait("the choices", lambda: browser.run("return document.querySelectorAll('[role=option]').length") >= 3)
+    browser.click("[role=option]:last-of-type")
+    wait("the board", lambda: browser.run("return !!document.querySelector('#control-board canvas')"))
+    browser.drag("#control-board canvas", (0.2, 0.3), (0.8, 0.3))
+    browser.drag("#control-board canvas", (0.5, 0.9), (0.5, 0.4))
+    browser.click("#control-button")
+    wait("the drawn map", lambda: "--control map.png" in browser.text("#control-command").replace("\n", " "))
+    wait("its images", lambda: "images of 24 x 16" in browser.text("#control-status"))
+    browser.screenshot(shots / "drawing-1280.png")
+    on_a_phone(browser, shots / "drawing-390.png")
+    browser.click("#control-board [data-tool=clear]")
+    browser.click("#control-button")
+    wait("the refusal", lambda: "Nothing is drawn yet" in browser.text("body"))
+    assert browser.errors() == []
+
+
+def test_a_prompt_of_any_script_is_drawn(browser: Browser, asking: str, shots: Path) -> None:
+    browser.open(asking)
+    wait("the page to appear", lambda: browser.text("#control-button"))
+    tab(browser, "Text")
+    wait("the tab", lambda: browser.text("#text-button"))
+    browser.click("#text-button")
+    wait("the refusal", lambda: "the prompt is empty" in browser.text("body"))
+    prompt = "قطة حمراء and a dog"
+    browser.call("POST", f"/element/{browser.find('#text-prompt textarea')}/value", {"text": prompt})
+    browser.click("#text-button")
+    wait("the images", lambda: "4 images of 8 x 6" in browser.text("#text-status"))
+    wait("their pictures", lambda: browser.pictures("#text-images") == 4)
+    assert prompt in browser.text("#text-command").replace("\n", " ")
+    browser.screenshot(shots / "text-1280.png")
+    on_a_phone(browser, shots / "text-390.png")
+    assert browser.errors() == []
 
 
 # ---- fashion-var, on a phone in the dark --------------------------------------------------------------------------

@@ -84,6 +84,16 @@ def test_a_mask_of_nothing_is_noted(folder: Path) -> None:
         assert np.array_equal(np.asarray(made), np.asarray(given))
 
 
+def test_a_mask_of_everything_is_noted(folder: Path) -> None:
+    Image.new("1", (4, 4), 1).save(folder / "white.png")
+    result = run(folder, "--image", "photo.png", "--mask", "white.png", "--class", "1", "--seed", "5")
+    said = json.loads(result.output.splitlines()[-1])
+    assert said["note"].startswith("everything is marked")
+    (plain,) = AutoPipeline.from_pretrained(folder / "m")([1], rng=Rng.from_seed(5, 1)).images
+    with Image.open(said["files"][0]) as made:
+        assert np.abs(np.asarray(made, int) - np.asarray(plain, int)).max() <= 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -25,21 +25,24 @@ transformers = pytest.importorskip("transformers", reason="the extra text is not
 WORDS = ["a", "red", "cat", "dog", "on", "the", "blue", "mat", "</s>", "<pad>", "<unk>"]
 
 
-@pytest.fixture(scope="module", name="encoder")
-def _encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a T5 with 12 features and a tokenizer of ten words that ends each text with </s>."""
+def save_encoder(folder: Path) -> Path:
+    """A T5 with 12 features and a tokenizer of ten words that ends each text with </s>."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 8)])
-    folder = tmp_path_factory.mktemp("t5")
     special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"vocab_size": len(WORDS), "d_model": 12, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2}
     transformers.T5EncoderModel(transformers.T5Config(**sizes, pad_token_id=9)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module", name="encoder")
+def _encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(name="pipe")

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from varkit import __version__
-from varkit.commands import editing
+from varkit.commands import editing, steering
 from varkit.commands.common import Device, Dtype, Json, numbers, open_pipeline, refusing, say
 from varkit.commands.features import features_of
 
@@ -92,6 +92,9 @@ def sample(
     paste_back: editing.PasteBack = False,
     feather: editing.Feather = None,
     size: editing.Size = None,
+    control: steering.ControlFiles = None,
+    control_strength: steering.ControlStrength = None,
+    extract: steering.Extract = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Stop after the first so many tokens.")] = None,
     best_of: Annotated[
         int, typer.Option(min=1, help="Draw so many candidates of each image and keep the one --classifier likes best.")
@@ -136,6 +139,7 @@ def sample(
     edit = editing.EditCommand(pipeline, image, mask, {**how_edited, "paste_back": paste_back, "feather": feather})
     sized = editing.size_of(size)
     pipeline.at_size(**sized)  # refused before anything is announced
+    steer = steering.ControlCommand(pipeline, name, control, control_strength, extract, sized, edit.on)
     ids, draw = wanted(pipeline, name, classes, prompt, negative_prompt, features, edit.on)
     num = num or len(ids)
     extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
@@ -168,12 +172,12 @@ def sample(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}){judged.text}, {dtype} on {pipeline.device}"
     )
-    began = time.perf_counter()
-    given |= {"sampler": chosen, "num_inference_steps": steps}
+    began, maps = time.perf_counter(), steer.save(out)
+    given |= {"sampler": chosen, "num_inference_steps": steps, **steer.given}
     made = generate(judged, ids, num, seed, min(batch_size, num), took, **given, **extra)
     how = {"sampler": sampler} if sampler else {}
     record = {"model": name, "seed": seed, "dtype": dtype, **how, **settings, **extra, **judged.record, **edit.record}
-    record["version"] = __version__
+    record |= {**steer.record, "version": __version__}
     kind = ("prompt", "prompts") if prompt else ("features", "features") if features else ("class", "classes")
     files, labels = write(made, out, judged, record, kind, ids, num, zoom)
     seconds, drafts = time.perf_counter() - began, speculation(took)
@@ -181,11 +185,15 @@ def sample(
         result = {"files": [str(f) for f in files], kind[1]: labels, "seconds": seconds, "settings": record}
         if notes := [stats["note"] for stats in took if "note" in stats]:
             result["note"] = notes[0]
+        if maps:
+            result["controls"] = [str(path) for path in maps]
         typer.echo(json.dumps({**result, **drafts, **judged.found()}))
     else:
         what = out if out.suffix else f"{len(files)} images in {out}/"
         if drafts:
             say(told(drafts))
+        for path in maps:
+            say(f"the control map that was extracted: {path}")
         typer.echo(f"wrote {what} in {seconds:.1f} s ({seconds / num:.2f} s an image){judged.told()}")
 
 

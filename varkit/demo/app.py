@@ -44,7 +44,9 @@ body:not(.dark) .cm-line span { color: inherit !important; }
 #evaluate-scores { overflow-x: auto; }
 #evaluate-scores th, #evaluate-scores td { word-break: normal; border-color: var(--border-color-primary) !important; }
 #evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
-#painter .html-container { padding: 0 !important; }
+#painter .html-container, #control-board .html-container { padding: 0 !important; }
+#control-map img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
+.prompt textarea { unicode-bidi: plaintext; text-align: start; }
 #evaluate-pictures .grid-container { grid-template-columns: 3fr 2fr !important; align-items: start; }
 #evaluate-pictures .thumbnail-item { display: block; aspect-ratio: auto; height: auto !important; }
 #evaluate-pictures img { height: auto; image-rendering: pixelated; }
@@ -53,7 +55,8 @@ body:not(.dark) .cm-line span { color: inherit !important; }
   .tab-wrapper, .tab-container { min-width: 0 !important; }
   .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
   .gradio-container main, .gradio-container .app { padding-left: 12px !important; padding-right: 12px !important; }
-  #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container {
+  #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container,
+  #text-images .grid-container, #control-images .grid-container, #control-scales .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
   }
   #evaluate-pictures .grid-container { grid-template-columns: 1fr !important; }
@@ -74,29 +77,45 @@ def build_demo(
 
     Args:
         models: what to offer, the first of them shown first: shipped names, saved pipeline folders, released
-            checkpoints. The shipped models are always offered too.
+            checkpoints. The shipped models are always offered too. Models of texts are in the tab Text, those that
+            control images steer in the tab Control; without any there is no such tab.
         limits: how much a visitor may ask for.
         reference: the real images that the tab "Evaluate" scores against, as `varkit eval` takes them.
     Raises: ImportError without gradio; ValueError when there is no model, or the first cannot be opened.
     """
     gr = need_gradio()
-    from varkit.demo import class_to_image, compare, edit, evaluate, reconstruct
+    from varkit.demo import class_to_image, compare, edit, evaluate, reconstruct, steer, text
     from varkit.pipelines.auto import zoo_models
 
     offered = Models([*models, *zoo_models()], limits)
-    offered.open(offered.names[0])
+    first = offered.names[0]
+    offered.open(first)
+    takes = {name: offered.takes(name) for name in offered.names}
+    classes = offered.only([n for n, t in takes.items() if not (t.text or t.always)])
+    texts = offered.only([n for n, t in takes.items() if t.text and not t.always])
+    steered = offered.only([n for n, t in takes.items() if t.control])
+    kinds = {"generate": classes, "text": texts, "control": steered}
+    shown = next(tab for tab, some in kinds.items() if first in some.names)
     with gr.Blocks(title="varkit", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         with gr.Row(elem_id="header"):
             with gr.Column(scale=5, min_width=320):
                 gr.Markdown(INTRO, elem_id="intro")
-            with gr.Column(scale=2, min_width=240):
-                model = gr.Dropdown(offered.names, value=offered.names[0], label="Model", elem_id="model")
-        with gr.Tabs():
-            class_to_image.add_tab(offered, model)
-            reconstruct.add_tab(offered, model)
-            edit.add_tab(offered, model)
-            compare.add_tab(offered)
-            evaluate.add_tab(offered, model, reference)
+            with gr.Column(scale=2, min_width=240, visible=bool(classes.names)):
+                model = gr.Dropdown(
+                    classes.names, value=next(iter(classes.names), None), label="Model", elem_id="model"
+                )
+        with gr.Tabs(selected=shown):
+            if classes.names:
+                class_to_image.add_tab(classes, model)
+            if texts.names:
+                text.add_tab(texts)
+            if steered.names:
+                steer.add_tab(steered)
+            if classes.names:
+                reconstruct.add_tab(classes, model)
+                edit.add_tab(classes, model)
+                compare.add_tab(classes)
+                evaluate.add_tab(classes, model, reference)
     demo.queue(max_size=offered.limits.waiting, default_concurrency_limit=1)
     return demo
 

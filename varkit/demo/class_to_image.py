@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -56,13 +56,27 @@ def labels_for(pipeline: Any, choice: Any, rng: Rng) -> list[int]:
 
 
 def command(source: str, labels: Sequence[int], seed: int, settings: dict[str, Any], default: dict[str, Any]) -> str:
-    """The command line that makes the same images.
+    """The command line that makes the same images of classes."""
+    return sample_line(source, class_words(labels), len(labels), seed, settings, default)
 
-    Args: settings, default: what was used, and what the model uses when nothing is said.
-    """
+
+def class_words(labels: Sequence[int]) -> list[str]:
+    """Words of the command line that ask for these classes."""
     period = next(p for p in range(1, len(labels) + 1) if all(labels[i] == labels[i % p] for i in range(len(labels))))
-    words = ["varkit", "sample", source, "--class", ",".join(map(str, labels[:period]))]
-    words += ["--num", str(len(labels)), "--seed", str(seed), "--guidance", f"{settings['guidance_scale']:g}"]
+    return ["--class", ",".join(map(str, labels[:period]))]
+
+
+def sample_line(
+    source: str, asked: Sequence[str], num: int, seed: int, settings: dict[str, Any], default: dict[str, Any]
+) -> str:
+    """A command line of `varkit sample`.
+
+    Args:
+        asked: words that say what is drawn.
+        settings, default: what was used, and what the model uses when nothing is said.
+    """
+    words = ["varkit", "sample", source, *asked]
+    words += ["--num", str(num), "--seed", str(seed), "--guidance", f"{settings['guidance_scale']:g}"]
     for name in SETTINGS[1:]:
         if name not in settings or settings[name] == default[name]:
             continue
@@ -80,23 +94,33 @@ def generate(models: Models, name: str, choice: str, num: Any, *rest: Any) -> It
     Args: rest: the six sampling settings, then the seed.
     """
     with readable_errors():
-        gr = need_gradio()
         pipeline = models.open(name)
         num = whole("Number of images", num, 1, models.limits.images)
         settings, seed = check_settings(pipeline, rest[:-1]), check_seed(rest[-1])
         rng = Rng.from_seed(seed, num)
         labels = labels_for(pipeline, choice, rng)
         line = command(models.source(name), labels, seed, settings, defaults(pipeline))
-        scales: list[tuple[Any, str]] = []
-        yield gr.skip(), [], "Starting ...", line
-        for event in run(models.turns, partial(pipeline, labels, rng=rng, **settings), stages(pipeline)):
-            if isinstance(event, Step):
-                if event.image is not None:
-                    scales.append((enlarge(event.image), event.caption))
-                yield gr.skip(), list(scales), f"Step {event.number} of {event.total} ...", line
-                continue
-            images = captioned(pipeline, event.result.images, labels)
-            yield images, scales, status(event.result, event.seconds, pipeline.device.type), line
+        call = partial(pipeline, labels, rng=rng, **settings)
+        yield from drawing(models, pipeline, call, line, partial(captioned, pipeline, labels=labels))
+
+
+def drawing(
+    models: Models, pipeline: Any, call: Callable[..., Any], line: str, shown: Callable[[Any], list[Any]]
+) -> Iterator[tuple[Any, Any, str, str]]:
+    """Yields (images, stages of the first image, status, `line`) as a pipeline's call proceeds.
+
+    Args: shown: images as the gallery takes them.
+    """
+    gr = need_gradio()
+    scales: list[tuple[Any, str]] = []
+    yield gr.skip(), [], "Starting ...", line
+    for event in run(models.turns, call, stages(pipeline)):
+        if isinstance(event, Step):
+            if event.image is not None:
+                scales.append((enlarge(event.image), event.caption))
+            yield gr.skip(), list(scales), f"Step {event.number} of {event.total} ...", line
+            continue
+        yield shown(event.result.images), scales, status(event.result, event.seconds, pipeline.device.type), line
 
 
 def captioned(pipeline: Any, images: Sequence[Any], labels: Sequence[int]) -> list[tuple[Any, str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import os
 import re
@@ -9,6 +11,7 @@ import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SEED = 2**31 - 1
 MAX_TEMPERATURE = 5.0
+MAX_PROMPT = 1000  # characters
 SHOWN_SIDE = 384  # small images are enlarged to about this many pixels a side
 PATH = re.compile(r"(?:^|[\s'\"(\[=])(?:~|[A-Za-z]:)?[\\/]\w")
 """What may be a path of the server; no visitor reads a message that matches."""
@@ -35,6 +39,15 @@ def need_gradio() -> Any:
     except ImportError as error:
         raise ImportError(f'the demo needs gradio: pip install "varkit[app]" ({error})') from None
     return gradio
+
+
+@dataclass(frozen=True)
+class Takes:
+    """What a model is asked with.   text: prompts; else classes.   control: control images.   always: never without."""
+
+    text: bool
+    control: bool
+    always: bool
 
 
 class Models:
@@ -71,6 +84,27 @@ class Models:
         if name not in self.sources:
             raise ValueError(f"that model is not on offer; choose one of {', '.join(self.names)}")
         return self.sources[name]
+
+    def only(self, names: Sequence[str]) -> Models:
+        """Some of these models, opened with the others and in turn with them."""
+        some = copy.copy(self)
+        some.sources = {name: self.source(name) for name in names}
+        return some
+
+    def takes(self, name: str) -> Takes:
+        """What the model is asked with; of a folder its configuration says it, any other model is opened."""
+        from varkit.pipelines.auto import find_folder
+
+        folder = find_folder(self.source(name))
+        if folder is not None and (part := folder / "transformer" / "config.json").is_file():
+            config = json.loads(part.read_text(encoding="utf-8"))
+            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+            text = index.get("_class_name") == "TextToImagePipeline"
+        else:
+            transformer = self.open(name).transformer
+            config, text = transformer.config, transformer.condition == "text"
+        control = config.get("control") is not None
+        return Takes(text, control, control and not config.get("control_drop_rate"))
 
     def open(self, name: str) -> Any:
         """The pipeline, on the best device, loaded once."""
@@ -179,6 +213,16 @@ def check_class(pipeline: Any, choice: Any) -> int:
     """A class id or name as an id. Raises ValueError."""
     (label,) = pipeline.label_ids([str(choice)[:80]])
     return whole("Class", label, 0, pipeline.transformer.num_classes - 1)
+
+
+def check_prompt(value: Any) -> str:
+    """A prompt of any script, without the space around it. Raises ValueError on an empty or a too long one."""
+    text = value.strip() if isinstance(value, str) else ""
+    if not text:
+        raise ValueError("write first what is to be drawn: the prompt is empty")
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"the prompt has {len(text)} characters; write at most {MAX_PROMPT}")
+    return text
 
 
 # ---------------------------------------------------------------- sampling settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from varkit.demo.common import MAX_SEED, class_choices, need_gradio, new_seed, setting_updates
+from varkit.demo.common import MAX_PROMPT, MAX_SEED, class_choices, need_gradio, new_seed, setting_updates
 from varkit.demo.files import keeping
 
 NETWORK: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "network"}
@@ -20,13 +20,15 @@ ALL, RANDOM = "all", "random"
 
 
 def choices(pipeline: Any) -> list[tuple[str, str]]:
-    """Of the class picker."""
+    """Of the class picker; none of a model of texts."""
+    if pipeline.transformer.condition == "text":
+        return []
     return [("All classes, one after another", ALL), ("Random classes", RANDOM), *class_choices(pipeline)]
 
 
 def default_number(pipeline: Any, most: int) -> int:
-    """Of images: one a class where these are few."""
-    classes = pipeline.transformer.num_classes
+    """Of images: one a class where these are few; four of a text."""
+    classes = 4 if pipeline.transformer.condition == "text" else pipeline.transformer.num_classes
     return classes if 4 <= classes <= most else min(8, most)
 
 
@@ -99,6 +101,20 @@ def setting_controls(pipeline: Any) -> list[Any]:
         ]
     controls.append(gr.Slider(1, step=1, label="Tokens", info="Stop after so many: fewer are rougher", **num_tokens))
     return controls
+
+
+def prompt_box(name: str, **options: Any) -> Any:
+    """Where a text is written, in any script.   name: of the element."""
+    return need_gradio().Textbox(
+        label="Prompt",
+        placeholder="What is to be drawn",
+        lines=2,
+        max_lines=6,
+        max_length=MAX_PROMPT,
+        elem_id=name,
+        elem_classes="prompt",
+        **options,
+    )
 
 
 def seed_controls() -> Any:

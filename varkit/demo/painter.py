@@ -17,19 +17,23 @@ from PIL import Image
 
 from varkit.demo.common import need_gradio
 
+TOOLS = {
+    "left": "Left half",
+    "right": "Right half",
+    "upper": "Upper half",
+    "lower": "Lower half",
+    "frame": "Frame",
+    "invert": "Invert",
+    "clear": "Clear",
+}
+
 TEMPLATE = """
-<div class="painter" data-rows="${rows}" data-columns="${columns}">
+<div class="painter" data-rows="${rows}" data-columns="${columns}" data-ink="@ink" data-brush="@brush">
   <div class="stage"><img src="${image}" alt="The image as the model sees it" draggable="false">
     <canvas tabindex="0" role="application"
-      aria-label="Cells to redraw: drag to mark, or arrow keys to move and space to mark or unmark"></canvas></div>
+      aria-label="@about: drag to mark, or arrow keys to move and space to mark or unmark"></canvas></div>
   <div class="tools" role="toolbar" aria-label="Marks">
-    <button type="button" data-tool="left">Left half</button>
-    <button type="button" data-tool="right">Right half</button>
-    <button type="button" data-tool="upper">Upper half</button>
-    <button type="button" data-tool="lower">Lower half</button>
-    <button type="button" data-tool="frame">Frame</button>
-    <button type="button" data-tool="invert">Invert</button>
-    <button type="button" data-tool="clear">Clear</button>
+    @tools
   </div>
 </div>
 """
@@ -66,7 +70,7 @@ function draw() {
     pen.strokeStyle = 'rgba(128, 128, 128, 0.35)';
     pen.strokeRect(c * k + 0.5, r * k + 0.5, k - 1, k - 1);
     if (!cells[r][c]) continue;
-    pen.fillStyle = 'rgba(249, 115, 22, 0.6)';
+    pen.fillStyle = part('.painter').dataset.ink;
     pen.fillRect(c * k, r * k, k, k);
   }
   if (!cursor) return;
@@ -80,7 +84,7 @@ function send() {
 function mark(event) {
   const [rows, columns] = sides(), box = part('canvas').getBoundingClientRect();
   const x = (event.clientX - box.left) / box.width * columns, y = (event.clientY - box.top) / box.height * rows;
-  const reach = Math.max(0.5, Math.max(rows, columns) / 24);
+  const reach = Math.max(0.5, Math.max(rows, columns) / 24 * Number(part('.painter').dataset.brush));
   const from = last || [x, y], steps = Math.ceil(2 * Math.hypot(x - from[0], y - from[1])) || 1;
   for (let i = 0; i <= steps; i++) {  // a quick stroke comes in a few points: fill in between
     const px = from[0] + (x - from[0]) * i / steps, py = from[1] + (y - from[1]) * i / steps;
@@ -140,19 +144,40 @@ draw();
 """
 
 
-def painter(grid: Sequence[int], name: str) -> Any:
-    """The box.   grid: rows and columns of cells.   name: of its element."""
+def painter(
+    grid: Sequence[int],
+    name: str,
+    *,
+    marks: str | None = None,
+    image: str = "",
+    tools: Sequence[str] = tuple(TOOLS),
+    about: str = "Cells to redraw",
+    ink: str = "rgba(249, 115, 22, 0.6)",
+    brush: float = 1,
+    **options: Any,
+) -> Any:
+    """The box.
+
+    Args:
+        grid: rows and columns of cells.   name: of its element.
+        marks: those at the start; None is the lower half.   image: below them, as `showing` gives it.
+        tools: names in `TOOLS`.   about: what marks are.   ink: their colour.   brush: its width, 1 is a twelfth.
+        options: of `gr.HTML`.
+    """
     rows, columns = grid
+    shown = "\n    ".join(f'<button type="button" data-tool="{tool}">{TOOLS[tool]}</button>' for tool in tools)
+    template = TEMPLATE.replace("@tools", shown).replace("@about", about).replace("@ink", ink)
     return need_gradio().HTML(
-        lower_half(grid),
+        lower_half(grid) if marks is None else marks,
         label="Marks",
-        html_template=TEMPLATE,
+        html_template=template.replace("@brush", f"{brush:g}"),
         css_template=STYLE,
         js_on_load=SCRIPT,
         elem_id=name,
-        image="",
+        image=image,
         rows=rows,
         columns=columns,
+        **options,
     )
 
 
@@ -169,12 +194,18 @@ def lower_half(grid: Sequence[int]) -> str:
     return "/".join(("1" if 2 * row >= grid[0] else "0") * grid[1] for row in range(grid[0]))
 
 
-def read_cells(text: Any, grid: Sequence[int]) -> np.ndarray:
-    """(h, w) bool, True where redrawn. Raises: ValueError for another grid or text, and where nothing is marked."""
+def no_marks(grid: Sequence[int]) -> str:
+    return "/".join(["0" * grid[1]] * grid[0])
+
+
+def read_cells(
+    text: Any, grid: Sequence[int], empty: str = "nothing would be redrawn: mark what is to be redrawn first"
+) -> np.ndarray:
+    """(h, w) bool, True where marked. Raises: ValueError for another grid or text, and `empty` where nothing is."""
     rows, columns = grid
     if not isinstance(text, str) or not re.fullmatch(rf"[01]{{{columns}}}(/[01]{{{columns}}}){{{rows - 1}}}", text):
         raise ValueError(f"the marks must be {rows} rows of {columns} cells, 0 or 1, with a slash between rows")
     cells = np.array([[cell == "1" for cell in row] for row in text.split("/")])
     if not cells.any():
-        raise ValueError("nothing would be redrawn: mark what is to be redrawn first")
+        raise ValueError(empty)
     return cells

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,10 @@ Upload = Mapping[str, Any]
 """What gradio hands over unprocessed for an image box: "path" is a file that it has taken in itself."""
 
 
-def read_upload(upload: Upload | None, side: int) -> Image.Image:
+def read_upload(upload: Upload | None, side: int, read: Callable[[Image.Image], Image.Image] = to_rgb) -> Image.Image:
     """The image in a file a visitor sent (of a moving one the first), upright, RGB; see `to_rgb`.
 
-    Args: side: pixels of the longer side, at most.
+    Args: side: pixels of the longer side, at most.   read: makes an image of the open file.
     Raises: ValueError: none, no image, or too large.
     """
     path = upload.get("path") if upload else None
@@ -35,7 +35,7 @@ def read_upload(upload: Upload | None, side: int) -> Image.Image:
             width, height = file.size  # from the header: nothing is decoded yet
             if max(width, height) <= side:
                 file.load()
-                return to_rgb(file)
+                return read(file)
     except Image.DecompressionBombError:
         raise ValueError(f"the image is far too large; send at most {side} a side") from None
     except (OSError, SyntaxError, EOFError, ValueError, struct.error):
@@ -80,10 +80,9 @@ def pick_example(models: Models, name: str, index: int) -> Image.Image:
         return images[index]
 
 
-def upload_controls(prefix: str) -> tuple[Any, Any]:
-    """An image box and a gallery of examples.   prefix: of their elements' names."""
-    gr = need_gradio()
-    upload = gr.Image(
+def upload_box(prefix: str, **options: Any) -> Any:
+    """An image box.   prefix: of its element's name."""
+    return need_gradio().Image(
         label="Image",
         format="png",
         height=240,
@@ -91,7 +90,13 @@ def upload_controls(prefix: str) -> tuple[Any, Any]:
         buttons=[],
         elem_id=f"{prefix}-upload",
         elem_classes="upload",
+        **options,
     )
+
+
+def upload_controls(prefix: str) -> tuple[Any, Any]:
+    """An image box and a gallery of examples.   prefix: of their elements' names."""
+    gr, upload = need_gradio(), upload_box(prefix)
     gr.Markdown("Or choose one that the model drew:", elem_classes="note")
     examples = gallery(
         "Examples", f"{prefix}-examples", 6, buttons=[], allow_preview=False, elem_classes=["pictures", "examples"]

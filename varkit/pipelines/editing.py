@@ -265,6 +265,9 @@ class Editing:
             out = ImageOutput(images=images, stats=stats, **{"class_labels": None, **about})
         else:
             sized = {k: getattr(options, k) for k in ("height", "width") if getattr(options, k) is not None}
+            if settings.get("control") is not None:  # which would bring a size of its own
+                canvas = self.at_size(options.height, options.width).image_tokenizer.image_size
+                sized = dict(zip(("height", "width"), canvas, strict=True))
             out = call(known=plan.known(per), output_type=inner, **sized, **settings)
         if options.paste_back:
             pasted = [plan.pasted(one, i // per) for i, one in enumerate(out.images)]

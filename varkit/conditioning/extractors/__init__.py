@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from varkit.conditioning.extractors.base import Extractor, ExtractorEntry, checked_images
+from varkit.conditioning.extractors.base import Extractor, ExtractorEntry, checked_images, map_of
 from varkit.conditioning.extractors.canny import Canny
 from varkit.conditioning.extractors.depth import DPT_HYBRID, DPT_LARGE, Depth
 from varkit.conditioning.extractors.hed import HED
@@ -20,7 +20,7 @@ from varkit.conditioning.extractors.lineart import LineArt
 from varkit.conditioning.extractors.segmentation import MASK2FORMER_ADE20K, Segmentation
 from varkit.config import nearest
 
-__all__ = ["EXTRACTORS", "Extractor", "ExtractorEntry", "build_extractor", "extractor_entry"]
+__all__ = ["EXTRACTORS", "Extractor", "ExtractorEntry", "build_extractor", "extractor_entry", "map_of"]
 
 
 class AsGiven:

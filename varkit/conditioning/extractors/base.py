@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from varkit.metrics.weights import find_weights
@@ -62,6 +64,13 @@ def as_floats(images: Tensor, device: torch.device | str, smallest: int = 1) -> 
 def to_levels(maps: Tensor) -> Tensor:
     """Floats in 0 .. 255 -> uint8, to the nearest level."""
     return maps.clamp(0, 255).round().byte()
+
+
+def map_of(extractor: Extractor, photo: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The control map, grey or RGB, of an RGB image that is brought to (height, width) first, as in training: of a
+    photo made smaller, not of a large photo's map, whose lines would fade."""
+    shown = photo.resize(size[::-1], Image.Resampling.LANCZOS)
+    return Image.fromarray(extractor(torch.from_numpy(np.array(shown))[None])[0].cpu().numpy())
 
 
 def open_network(network: nn.Module, name: str, weights: str | Path | None, device: torch.device | str) -> nn.Module:

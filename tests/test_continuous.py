@@ -35,7 +35,7 @@ class Toy(Generator):
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         return list(torch.arange(4).chunk(num_steps or 4))
 
-    def groups(self, rng: Rng, num_steps: int | None = None) -> list[Tensor]:
+    def groups(self, rng: Rng, num_steps: int | None = None, order: str | None = None) -> list[Tensor]:
         if not self.own_orders:
             return self.schedule(num_steps)
         orders = torch.stack([torch.arange(4).roll(i) for i in range(len(rng))])

@@ -25,7 +25,7 @@ from varkit import AutoPipeline, NextGroupSampler, Rng
 from varkit.cli import app
 from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical
-from varkit.interfaces import Cond
+from varkit.interfaces import Cond, Generator
 from varkit.layers.cache import KVCache, TreeWindow
 from varkit.layout import TokenLayout
 from varkit.pipelines.auto import assemble
@@ -70,8 +70,10 @@ class Table(OneToken, nn.Module):
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
         return list(torch.arange(self.layout.length).split(1))
 
-    def in_order(self, name: str) -> list[Tensor]:
+    def in_order(self, name: str, num_steps: int | None = None) -> list[Tensor]:
         raise ValueError("one order only")
+
+    groups, groups_around = Generator.groups, Generator.groups_around
 
     def start(self, cond: Cond, null: Cond | None = None) -> Any:
         rows = len(cond.beside(null))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -163,7 +164,14 @@ def wire(
         **lane,
         **more,
     )
-    stop.click(lambda: "Stopped.", outputs=status, cancels=[event], queue=False, **HIDDEN)
+    stopped = stop.click(lambda: "Stopped.", outputs=status, cancels=[event], queue=False, **HIDDEN)
+    stopped.then(settled, outputs=status, queue=False, **HIDDEN)
+
+
+def settled() -> str:
+    """The same word again: a step that was already on its way to the browser may have come after the first."""
+    time.sleep(0.25)
+    return "Stopped."
 
 
 def wire_model(

@@ -316,6 +316,18 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], messag
         )
 
 
+def test_a_student_has_nothing_to_draft_and_is_timed_as_it_is() -> None:
+    """`auto` and `plain` are its own sampler; others say why not."""
+    pipeline = pipeline_of("var_d16")
+    assert pipeline.choose_sampler("auto", 1) is pipeline.choose_sampler("plain", 1) is pipeline.sampler
+    with pytest.raises(ValueError, match=r"one token|draft"):
+        pipeline.choose_sampler("sjd", 1)
+    done = CliRunner().invoke(app, ["bench", "fashion-var-one-step", "--batches", "1", "--repeats", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    (row,) = json.loads(done.stdout[done.stdout.index("{") :])["rows"]
+    assert row["network_calls"] == 1
+
+
 def test_a_pipeline_is_saved_with_its_teacher_or_without(tmp_path: Path) -> None:
     pipeline = pipeline_of("var_d16", times=(0, 2), split=1)
     images = pipeline(class_labels=[0, 1], seed=1, output_type="pt").images

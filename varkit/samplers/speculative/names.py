@@ -138,10 +138,10 @@ def named_sampler(name: str, own: Any, transformer: Generator, batch: int) -> An
     if base in ("plain", "auto"):
         if rest:
             raise ValueError(f"{base} has no options; got {rest!r}")
-        least = AUTO_IMAGES.get(transformer.schedule()[0].device.type, AUTO_IMAGES_ELSEWHERE)
-        if base == "plain" or not can_draft(transformer) or not isinstance(plain, NextGroupSampler) or batch > least:
+        if base == "plain" or not isinstance(plain, NextGroupSampler) or not can_draft(transformer):
             return plain
-        if plain.config.more_smooth:
+        least = AUTO_IMAGES.get(transformer.schedule()[0].device.type, AUTO_IMAGES_ELSEWHERE)
+        if batch > least or plain.config.more_smooth:
             return plain
         flat = len(transformer.layout.grids[-1]) == 1
         options: dict[str, Any] = {"window": 8, "start": "random" if flat else "repeat-above"}

@@ -54,7 +54,7 @@ def _images(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _cv2() -> None:
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", reason="the extra control is not installed")
 
 
 # ---- varkit control ---------------------------------------------------------------------------------------------

@@ -54,9 +54,11 @@ def test_vectors_small_tensors_and_integers_are_not_rounded_to_eight_bits() -> N
     assert torch.equal(back["ids"], state["ids"]) and torch.equal(back["bias"], state["bias"].half().float())
 
 
-def test_a_weight_that_is_not_finite_is_named() -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+@pytest.mark.parametrize("shape", [(64, 64), (64,)])
+def test_a_weight_that_cannot_be_stored_is_named(value: float, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"head\.weight"):
-        pack_tensors({"head.weight": torch.full((64, 64), float("nan"))})
+        pack_tensors({"head.weight": torch.full(shape, value)})
 
 
 @pytest.mark.parametrize("name", ["var_d16", "llamagen_b", "xar_b", "flextok_ar_fashion"])

@@ -36,7 +36,7 @@ def noise(batch: int, height: int, width: int, seed: int = 1) -> Tensor:
 
 
 def test_canny_of_a_square_is_its_outline() -> None:
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", reason="the extra control is not installed")
     (edges,) = build_extractor("canny")(white_square())
     assert edges.dtype == torch.uint8 and set(edges.unique().tolist()) == {0, 255}
     rows, columns = edges.nonzero(as_tuple=True)
@@ -48,7 +48,7 @@ def test_canny_of_a_square_is_its_outline() -> None:
 
 
 def test_canny_of_a_batch_is_that_of_each_image() -> None:
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", reason="the extra control is not installed")
     images = noise(3, 40, 24)
     canny = build_extractor("canny", low=50, high=120)
     together = canny(images)
@@ -59,7 +59,7 @@ def test_canny_of_a_batch_is_that_of_each_image() -> None:
 
 def test_canny_thresholds_count() -> None:
     """A step of 30 grey levels has a gradient of 4 * 30 = 120: beneath 200, above 100."""
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", reason="the extra control is not installed")
     image = torch.zeros(1, 32, 32, dtype=torch.uint8)
     image[:, :, 16:] = 30
     assert not build_extractor("canny")(image).any()
@@ -89,7 +89,7 @@ def test_canny_without_opencv_names_the_extra(monkeypatch: pytest.MonkeyPatch) -
     ids=["float", "channels-first", "no-batch", "empty"],
 )
 def test_other_images_are_refused(images: Tensor) -> None:
-    pytest.importorskip("cv2")
+    pytest.importorskip("cv2", reason="the extra control is not installed")
     with pytest.raises(ValueError, match=r"uint8 \(B, H, W, 3\)"):
         build_extractor("canny")(images)
 
@@ -182,7 +182,7 @@ def test_small_images_are_refused(weights: Path) -> None:
 
 @pytest.fixture(scope="module", name="dpt")
 def _dpt(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="the extra text is not installed")
     folder = tmp_path_factory.mktemp("dpt")
     torch.manual_seed(4)
     config = transformers.DPTConfig(
@@ -229,7 +229,7 @@ def test_the_rules_of_scaling(dpt: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_hybrid_sees_its_own_square(tmp_path: Path) -> None:
-    transformers: Any = pytest.importorskip("transformers")
+    transformers: Any = pytest.importorskip("transformers", reason="the extra text is not installed")
     torch.manual_seed(6)
     backbone = transformers.BitConfig(
         global_padding="same", layer_type="bottleneck", depths=[1, 1, 1], embedding_dynamic_padding=True,
@@ -255,7 +255,7 @@ def test_depth_refuses_other_arguments(dpt: Path) -> None:
 
 
 def segmenter(folder: Path, classes: int, universal: bool) -> Path:
-    transformers: Any = pytest.importorskip("transformers")
+    transformers: Any = pytest.importorskip("transformers", reason="the extra text is not installed")
     torch.manual_seed(5)
     if universal:
         backbone = transformers.SwinConfig(
@@ -310,7 +310,7 @@ def test_palettes_are_those_of_the_data_sets() -> None:
 
 @pytest.mark.parametrize(("name", "what"), [("depth", "depth"), ("seg", "segmentation")])
 def test_a_folder_without_a_network_is_named(name: str, what: str, tmp_path: Path) -> None:
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="the extra text is not installed")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match=rf"{what}: .*notes\.txt.*preprocessor_config\.json"):
         build_extractor(name, model=tmp_path)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from varkit import MultiScaleVQ, Rng
 from varkit.config import ConfigError, override
 from varkit.data import ImageTransform, open_images
+from varkit.eight_bit import FILE, pack_tensors, unpack_tensors
 from varkit.generators.var import VAR
 from varkit.metrics.classifier import ImageClassifier
 from varkit.metrics.reconstruction import psnr
@@ -936,7 +937,7 @@ def test_a_classifier_needs_two_classes() -> None:
 # ---- the card of a finished model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], dtype: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="draws the curves")
     from varkit.metrics.evaluate import evaluate
@@ -988,9 +989,14 @@ def test_a_card_holds_what_the_runs_and_the_judge_wrote(runs: dict[str, Run], dt
     for picture in ("samples", "reconstructions", "curves"):
         assert Image.open(tmp_path / "ship" / "card" / f"{picture}.png").width > 10
     again = AutoPipeline.from_pretrained(tmp_path / "ship")
-    rounded = pipeline.to(getattr(torch, dtype)).to(torch.float32)
     assert again.transformer.dtype == again.image_tokenizer.dtype == torch.float32
+    if dtype == "int8":
+        packed = unpack_tensors(pack_tensors(pipeline.transformer.state_dict()))
+        pipeline.transformer.load_state_dict(packed)
+        assert (tmp_path / "ship" / "image_tokenizer" / FILE).is_file()
+    rounded = pipeline if dtype == "int8" else pipeline.to(getattr(torch, dtype)).to(torch.float32)
     assert_same(again.transformer.state_dict(), rounded.transformer.state_dict())
-    stored = (tmp_path / "ship" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+    (file,) = (tmp_path / "ship" / "transformer").glob("*.safetensors")
+    stored = file.stat().st_size
     assert stored < 1.3 * rounded.transformer.num_parameters() * getattr(torch, dtype).itemsize + 20_000
     assert ImageClassifier.from_pretrained(tmp_path / "ship" / "classifier").config.image_size == SIDE

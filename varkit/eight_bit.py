@@ -30,13 +30,13 @@ def _row_dim(x: Tensor) -> int:
 def pack_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights -> int8 with scales (float32) under NAME + SCALE, others float16; integers stay as they are.
 
-    Raises: ValueError for a weight that is not finite, naming it.
+    Raises: ValueError for a weight that is not finite, or too large for float16, naming it.
     """
     packed: dict[str, Tensor] = {}
     for name, x in state.items():
         x = x.detach().cpu()
-        if x.is_floating_point() and not x.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are not finite: it cannot be stored in eight bits")
+        if x.is_floating_point() and not x.half().isfinite().all():
+            raise ValueError(f"{name} holds numbers that are not finite, or too large for float16: it cannot be packed")
         if x.is_floating_point() and x.dim() > 1 and x.numel() >= SMALLEST:
             others = [d for d in range(x.dim()) if d != _row_dim(x)]
             scale = x.float().abs().amax(others, keepdim=True) / 127

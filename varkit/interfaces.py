@@ -185,10 +185,14 @@ class PreviousToken:
 class Tokenizer(ABC):
     """Images <-> tokens, (B, L) ids or (B, L, C) latents; ids of factorised codes are (B, L, G).
 
-    Discrete ones also give `codebook` (V, C) and `vectors(ids)`.
+    Discrete ones also give `codebook` (V, C) and `vectors(ids)`. Tokenizers of clips have `num_frames`, and take and
+    give (B, 3, num_frames, H, W) wherever here it says images.
     """
 
     layout: TokenLayout
+
+    num_frames: int | None = None
+    """Frames of the clips that `layout` codes. None: it codes images."""
 
     @property
     @abstractmethod
@@ -214,6 +218,17 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, tokens: Tensor, rng: Rng | None = None) -> Tensor:
         """Ids (B, L) or vectors (B, L, C) -> images (B, 3, H, W) in [-1, 1]."""
+
+    def encode_start(self, frames: Tensor) -> Tensor:
+        """The tokens that the first frames of clips determine: (B, 3, t, H, W) in [-1, 1] -> the first k of `layout`,
+        (B, k) or (B, k, C), equal to those of every clip that begins so.
+
+        Raises: ValueError for a number of frames that no whole tokens cover, or where tokens depend on all frames.
+        """
+        raise ValueError(
+            f"{type(self).__name__} codes {'a clip as a whole' if self.num_frames else 'images'}: no first tokens "
+            f"belong to its first frames. Take a causal tokenizer of clips, or one that codes frame by frame"
+        )
 
     def vectors(self, ids: Tensor) -> Tensor:
         """(B, n) ids, or (B, n, G) of factorised codes, -> (B, n, C) float32 codebook vectors."""
@@ -383,6 +398,9 @@ class Objective(nn.Module, ABC):
 
     image_size: tuple[int, int]
     """Height and width of the images the objective takes."""
+
+    num_frames: int | None = None
+    """Frames of the clips it takes, in `images`, (B, 3, num_frames, H, W). None: it takes images."""
 
     max_steps: int
     """Steps of the whole run; the loop sets it before training starts."""

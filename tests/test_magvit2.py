@@ -131,7 +131,7 @@ def test_it_is_another_quantiser_than_flextoks() -> None:
     ours, theirs = ReleasedFSQ((8,)), FSQ((8,))
     far = torch.tensor([[20.0]])
     assert ours.bound(far) < 3 < theirs.bound(far)  # a margin inside the levels, and outside
-    assert not torch.equal(ours.ids(ours(z)), theirs.ids(theirs(z)))
+    assert (ours.bound(z) - theirs.bound(z)).abs().max() > 1e-3
 
 
 def test_gradients_pass_the_rounding_and_codes_are_counted_in_training_alone() -> None:

@@ -50,13 +50,17 @@ Block = int | Literal["token", "row", "frame"]
 
 
 def block_size(block: Block, grid: Sequence[int]) -> int:
-    """How many tokens a block has on a grid (t, h, w). Raises ValueError naming what is allowed."""
-    named = {"token": 1, "row": grid[-1], "frame": grid[-1] * grid[-2]}
+    """How many tokens a block has on a grid (t, h, w). Raises ValueError naming what is allowed.
+
+    It divides the tokens of the clip: a smaller last block would not read all of the one before it.
+    """
+    named, length = {"token": 1, "row": grid[-1], "frame": grid[-1] * grid[-2]}, math.prod(grid)
     size = named.get(block, 0) if isinstance(block, str) else block
-    if not 1 <= size <= math.prod(grid):
+    if size < 1 or length % size:
         raise ValueError(
-            f"block must be token, row, frame, or a number of tokens, 1 to {math.prod(grid)} on the grid "
-            f"{'x'.join(map(str, grid))}; got {block!r}"
+            f"block must be token, row, frame, or a number that divides the {length} tokens of the grid "
+            f"{'x'.join(map(str, grid))}: {', '.join(str(n) for n in range(1, length + 1) if length % n == 0)}; got "
+            f"{block!r}"
         )
     return size
 
@@ -138,7 +142,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         num_classes: not counting the null class; 0 for a model without condition. Of a model of texts, see there.
         depth, hidden_size, num_heads: of the transformer.
         grid: (t, h, w) of the tokens.   codebook_size, latent_dim: of the tokenizer.
-        block: `token`, `row`, `frame` or a number of tokens; the last block is smaller where it does not divide.
+        block: `token`, `row`, `frame` or a number of tokens that divides those of the clip.
         first: what is read in place of the first block: `begin`, `hybrid` or `given`, see the module.
         text_length, text_vocab: of the class's text, and of the text tokenizer; 0 for models of classes.
         class_texts: for each class the `text_length` ids of its text. None: no class is known, none can be drawn.
@@ -200,8 +204,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         self.offset = self.specials + text_vocab  # joint id of video id 0
         self.skip = size if first == "given" else 0  # first tokens that are not predicted
         starts = [1] * size if first == "hybrid" else [size]
-        rest = length - size
-        self.sizes = starts + [size] * (rest // size) + [rest % size] * bool(rest % size)
+        self.sizes = starts + [size] * (length // size - 1)
         self.prefix_length = text_length or int(self.num_classes > 0)
         entries = self.prefix_length + length - self.skip
         if max_positions is not None and max_positions < entries:

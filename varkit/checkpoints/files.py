@@ -38,7 +38,7 @@ def read_state_dict(path: str | Path) -> StateDict:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
     # Wrappers that training scripts put around the weights; an average is what a release is judged by.
-    for key in ("ema", "model_ema", "model", "module", "state_dict", "trainer", "ema_parameters", "var_wo_ddp"):
+    for key in ("ema", "model_ema", "model", "module", "state_dict", "trainer", "ema_parameters", "var_wo_ddp", "sd"):
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):

@@ -277,12 +277,12 @@ def _builder(**preset: Any) -> Callable[..., LARP]:
 
 SIZES: dict[str, tuple[int, int, int, str]] = {
     "s": (12, 384, 6, "28 M"),
-    "b": (12, 768, 12, "99 M"),
-    "l": (24, 1024, 16, "320 M"),
+    "b": (12, 768, 12, "98 M"),
+    "l": (24, 1024, 16, "326 M"),
     "lp": (30, 1280, 20, "632 M"),
     "xl": (36, 1280, 20, "754 M"),
-    "xxl": (48, 1536, 24, "1.4 B"),
-    "xxxl": (48, 2560, 40, "3.8 B"),
+    "xxl": (48, 1536, 24, "1.39 B"),
+    "xxxl": (48, 2560, 40, "3.85 B"),
 }
 """Depth, width and heads of the official classes (llama-abs-S to XXXL), and how many parameters."""
 

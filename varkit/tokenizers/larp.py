@@ -286,7 +286,8 @@ class LARPTokenizer(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         expected = (3, self.num_frames, *self.image_size)
         if clips.dim() != 5 or tuple(clips.shape[1:]) != expected:
             raise ValueError(
-                f"images must be clips (B, {', '.join(map(str, expected))}) in [-1, 1]; got {tuple(clips.shape)}"
+                f"clips must be (B, {', '.join(map(str, expected))}) in [-1, 1], {self.num_frames} frames; got "
+                f"{tuple(clips.shape)}"
             )
         clips = clips.mul(0.5).add(0.5).to(self.encoder_latent_query_embed.dtype)
         x = self.x_embedder.proj(clips).flatten(2).transpose(1, 2)  # B P D
@@ -387,7 +388,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], str]] = {
             "prior_size": (96, 2, 3),
             "prior_length": 64,
         },
-        "a small one for clips of 16 frames at 32x32: 64 tokens of 512 codes, 4.3 M parameters",
+        "a small one for clips of 16 frames at 32x32: 64 tokens of 512 codes, 3.9 M parameters and a prior of 0.2 M",
     ),
 }
 for _name, (_preset, _summary) in _PRESETS.items():

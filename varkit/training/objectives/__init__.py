@@ -14,6 +14,7 @@ OBJECTIVES = {
     "titok": "varkit.training.objectives.titok",
     "bae": "varkit.training.objectives.binary_autoencoder",
     "kl-vae": "varkit.training.objectives.kl_vae",
+    "larp": "varkit.training.objectives.larp",
     "flextok": "varkit.training.objectives.flextok",
     "next-scale": "varkit.training.objectives.next_scale",
     "next-token": "varkit.training.objectives.next_token",

@@ -50,6 +50,7 @@ class Draw(IntEnum):
     NOISE = 51  # where a flow starts, and the noise it is trained with
     STUDENT_NOISE = 53  # where a distilled student starts: never a trajectory that it learned from
     SIGMA = 52  # how much of that noise, in training
+    FRAME = 55  # deriving the seeds of the frames of a clip
     ORDER = 60  # the order in which tokens are predicted, and whether it is a random one
     CONFIDENCE = 61  # noise on how sure a drawn token is, in masked sampling
     MASK = 62  # which tokens are masked, and how many, when a masked generator trains

@@ -320,7 +320,7 @@ TINY = {
 """Overrides that make any of these small enough for a test."""
 
 _SMALL: dict[str, Any] = {"num_res_blocks": 1, "z_channels": 64, "grid": 8}
-_PRESETS: dict[str, tuple[dict[str, Any], str]] = {
+PRESETS: dict[str, tuple[dict[str, Any], str]] = {
     "vq_ds16": ({}, "LlamaGen's tokenizer at 256x256: f16, 16384 codes of 8 numbers, 256 tokens"),
     "vq_ds8": (
         {"channel_multipliers": (1, 2, 2, 4), "grid": 32},
@@ -356,7 +356,7 @@ _PRESETS: dict[str, tuple[dict[str, Any], str]] = {
         "Fashion-MNIST at 32x32: f4, 512 codes, 64 tokens",
     ),
 }
-for _name, (_preset, _summary) in _PRESETS.items():
+for _name, (_preset, _summary) in PRESETS.items():
     register_model(ModelEntry(_name, "tokenizer", _builder(**_preset), _summary, tiny=TINY))
 
 for _name, _repo, _file, _score in (

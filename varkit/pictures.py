@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 METADATA_KEY = "varkit"
+
+SHOWN_FRAMES = 8
+"""Frames of a clip that are shown in a row."""
 
 UInt8Rule = Literal["round", "llamagen", "mar", "titok_sample", "titok_eval", "adm", "var", "save_image"]
 
@@ -68,6 +72,12 @@ def grid(images: Sequence[Image.Image], columns: int, zoom: int = 1) -> Image.Im
         place = (2 + i % columns * (width + 2), 2 + i // columns * (height + 2))
         sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), place)
     return sheet
+
+
+def rows_of_frames(clips: Tensor, count: int) -> Tensor:
+    """(B, 3, T, H, W) -> (B * count, 3, H, W): of each clip the first frame, the last, and others evenly between."""
+    which = torch.linspace(0, clips.shape[2] - 1, count).round().long().to(clips.device)
+    return clips[:, :, which].transpose(1, 2).flatten(0, 1)
 
 
 def columns_for(num: int, classes: int) -> int:

@@ -75,8 +75,8 @@ def find_clips(source: str | Path, split: str = "train", fold: int = 1) -> Found
         return found if chosen.name == "train" else _with_classes_of(found, find_clips(path / "train"), chosen)
     if split != "train":
         raise ValueError(
-            f"{path} has no split {split!r}: it holds no train/ beside {', '.join(HELD_OUT)}/; leave split out, or give "
-            "the folder of that split"
+            f"{path} has no split {split!r}: it holds no train/ beside {', '.join(HELD_OUT)}/; leave split out, or "
+            "give the folder of that split"
         )
     return _by_folder(path)
 
@@ -105,8 +105,8 @@ def _by_folder(folder: Path) -> FoundClips:
         found = _found(videos, None, (), "folder of videos")
         if classes:
             found.warnings.append(
-                f"{sum(len(p) == 1 for p in parts)} videos lie outside of the class folders {', '.join(classes[:5])}, so "
-                "no video has a class"
+                f"{sum(len(p) == 1 for p in parts)} videos lie outside of the class folders {', '.join(classes[:5])}, "
+                "so no video has a class"
             )
         return _without_empty(found)
     position = {name: i for i, name in enumerate(classes)}
@@ -181,7 +181,8 @@ def _ucf_lists(folder: Path) -> Path | None:
 
 
 def _ucf(folder: Path, lists: Path, split: str, fold: int) -> FoundClips:
-    """Source: the archive UCF101TrainTestSplits-RecognitionTask of the data set's page (Soomro et al., arXiv 1212.0402).
+    """Source: the archive UCF101TrainTestSplits-RecognitionTask of the data set's page (Soomro et al., arXiv
+    1212.0402).
 
     Numbers of classInd.txt count from 1, in the order of the names; ours from 0.
     """
@@ -239,7 +240,9 @@ def _kinetics_name(row: Mapping[str, str | None], where: str) -> tuple[str, str]
     values = [(row.get(name) or "").strip() for name in KINETICS_COLUMNS]
     _, key, start, end, part = values
     if not key or not re.fullmatch(r"\d+(\.\d+)?", start) or not re.fullmatch(r"\d+(\.\d+)?", end):
-        raise ValueError(f"{where}: youtube_id {key!r}, time_start {start!r}, time_end {end!r}; expected an id and seconds")
+        raise ValueError(
+            f"{where}: youtube_id {key!r}, time_start {start!r}, time_end {end!r}; expected an id and seconds"
+        )
     if part not in KINETICS_SPLITS:
         raise ValueError(f"{where}: split is {part!r}; expected one of {', '.join(KINETICS_SPLITS)}")
     return f"{key}_{int(float(start)):06d}_{int(float(end)):06d}", KINETICS_SPLITS[part]

@@ -41,8 +41,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
     gets new clips, the same on every machine. A plain index is its own key.
 
     A video that cannot be read, or (where `rule.short` is `skip`) has too few frames, is logged once, listed in
-    `skipped`, and the next one that serves is given in its place, with its own index and label. After 100 such in a row:
-    ValueError.
+    `skipped`, and the next one that serves is given in its place, with its own index and label. After 100 such in a
+    row: ValueError.
 
     Attributes:
         rule: which frames; its stride counts where `fps` is None.
@@ -259,4 +259,3 @@ def open_clips(
     for skipped in dataset.dropped[:MAX_FAILURES]:
         log.warning("skipping %s: %s", *skipped)
     return dataset
-

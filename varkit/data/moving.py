@@ -2,10 +2,10 @@
 
     clips = MovingFashion("train").clips([0, 1], frames=17)                # uint8 (2, 17, 32, 32)
 
-Each clip shows one or two garments of one class, which move horizontally, vertically or diagonally at a steady speed and
-bounce off the edges, as digits do in Moving MNIST (Srivastava et al., arXiv 1502.04681). 30 classes: a garment and a
-motion. Clip `index` has image `index` of its split as its first garment. Everything else of it (motion, second garment,
-places, speeds) is a function of split, index and seed alone, and any number of frames of it may be asked for.
+Each clip shows one or two garments of one class, which move horizontally, vertically or diagonally at a steady speed
+and bounce off the edges, as digits do in Moving MNIST (Srivastava et al., arXiv 1502.04681). 30 classes: a garment and
+a motion. Clip `index` has image `index` of its split as its first garment. Everything else of it (motion, second
+garment, places, speeds) is a function of split, index and seed alone, and any number of frames may be asked for.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ class MovingFashion(VideoSet):
         Raises: IndexError.
         """
         index = np.asarray(indices, np.int64)
-        if index.size and not (0 <= index.min() and index.max() < len(self.labels)):
-            raise IndexError(f"{MOVING_FASHION} has clips 0 to {len(self.labels) - 1}; got {index.min()}..{index.max()}")
+        count = len(self.labels)
+        if bad := index[(index < 0) | (index >= count)].tolist():
+            raise IndexError(f"{MOVING_FASHION} has clips 0 to {count - 1} here; got {bad[0]}")
         first = np.broadcast_to(np.asarray(starts, np.int64), len(index))
         times = first[:, None] + np.arange(frames) * stride  # B T
         u = self._uniforms(index)  # B 8: two garments or one, which second one, three numbers of the way of each

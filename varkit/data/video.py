@@ -389,8 +389,8 @@ class ClipRule:
     frames: int = 16
     stride: int = 1
     start: Start = "first"
-    """first: the first window.  middle: the one in the middle, the earlier of two.  random: windows drawn uniformly from
-    all there are.  all: windows side by side."""
+    """first: the first window.  middle: the one in the middle, the earlier of two.  random: windows drawn uniformly
+    from all there are.  all: windows side by side."""
     per_video: int = 1
     """Clips drawn from each video; only with `random`."""
     short: Literal["refuse", "skip"] = "refuse"

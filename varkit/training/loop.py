@@ -311,10 +311,11 @@ class Trainer:
         if dropped:
             self._say(f"dropped {dropped} lines of metrics.jsonl after step {self.progress.step}: they are run again")
         count = sum(p.numel() for p in self.objective.trained("main").parameters())
+        what = "clips" if self.clips else "images"
         for note in self.objective.notes:
             self._say(note)
         self._say(
-            f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} {'clips' if self.clips else 'images'} of "
+            f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} {what} of "
             f"{len(self.dataset.classes)} classes, {self.loop.steps} steps of {self.loop.batch_size}, "
             f"{self.loop.precision} on {self.accelerator.device} x {self.accelerator.num_processes}, into {self.folder}"
         )

@@ -1,8 +1,8 @@
 """Training a VQ or FSQ tokenizer of clips: a causal one, or one of images that codes frame by frame.
 
-All losses compare frames: likeness, a perceptual distance and a discriminator see each frame as an image. The recipes of
-the causal tokenizers of NBP (arXiv 2502.07737) and MAGVIT-v2 (arXiv 2310.05737) have a discriminator of clips besides,
-whose code was not released; there is none here.
+All losses compare frames: likeness, a perceptual distance and a discriminator see each frame as an image. NBP (arXiv
+2502.07737) trains its causal tokenizer with a discriminator of images too (its code is not released), MAGVIT-v2 (arXiv
+2310.05737) with one of clips; the latter is not here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.interfaces import Losses
 from varkit.layers.code_usage import CodeUsage
+from varkit.pictures import SHOWN_FRAMES, rows_of_frames
 from varkit.pipelines.auto import open_tokenizer
 from varkit.rng import Rng
 from varkit.tokenizers.frames import FrameTokenizer
@@ -23,8 +24,6 @@ from varkit.training.objectives.reconstruction import ReconstructionTraining
 from varkit.training.objectives.vq_tokenizer import VQConfig, VQTraining
 
 CLIPS = True
-SHOWN = 8
-"""Frames of a row, evenly over the clip."""
 
 
 @config
@@ -45,7 +44,7 @@ class Training(VQTraining):
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__(config, classes)
         self.num_frames = self.tokenizer.num_frames
-        self.columns = min(SHOWN, cast(int, self.num_frames))
+        self.columns = min(SHOWN_FRAMES, cast(int, self.num_frames))
 
     @property
     def network(self) -> Any:
@@ -70,8 +69,8 @@ class Training(VQTraining):
         if model.num_frames is None or not isinstance(getattr(network, "quantize", None), CodeUsage):
             what = "objective.model " + self.config.model if source is None else f"objective.init_from {source}"
             raise ConfigError(
-                f"objective video-vq trains tokenizers of clips that quantise: MagViT2, or FrameTokenizer around VQGAN; "
-                f"{what} is a {self.kind.__name__}"
+                f"objective video-vq trains tokenizers of clips that quantise: MagViT2, or FrameTokenizer around "
+                f"VQGAN; {what} is a {self.kind.__name__}"
             )
         if isinstance(model, FrameTokenizer):
             self.last_layer = "frame.decoder.conv_out.weight"
@@ -103,9 +102,3 @@ class Training(VQTraining):
         """Of four clips some frames in a row, and their reconstructions in the row below."""
         clips = batch["images"][:4]
         return rows_of_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.columns)
-
-
-def rows_of_frames(clips: Tensor, count: int) -> Tensor:
-    """(B, 3, T, H, W) -> (B * count, 3, H, W): of each clip so many frames, the first, the last, and others evenly."""
-    which = torch.linspace(0, clips.shape[2] - 1, count).round().long().to(clips.device)
-    return clips[:, :, which].transpose(1, 2).flatten(0, 1)

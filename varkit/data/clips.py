@@ -151,13 +151,15 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if self.unreadable[index]:
                 continue
             try:
-                return self._transformed(self._clip(index, key), key), index
+                clip = self._clip(index, key)
             except ShortVideo as error:
                 if self.rule.short == "refuse":
                     raise ValueError(f"{error}: give shorter clips, a smaller stride, or short=skip") from error
                 self._skip(index, str(error).removeprefix(self.videos.names[index]).strip())
             except (ValueError, MemoryError) as error:  # what cannot be read names its file
                 self._skip(index, reason_of(error).removeprefix(self.videos.names[index]).strip())
+            else:
+                return self._transformed(clip, index, key), index
         reason = self.reasons.get(wanted, _ELSEWHERE)
         raise ValueError(
             f"no clip could be taken of {tries} videos in a row from {self.videos.names[wanted]} on ({reason}); remove "
@@ -192,10 +194,13 @@ class ClipDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"{self.videos.names[index]} has no frames a second, as frames in folders: give stride")
         return max(1, round(rate / self.fps))
 
-    def _transformed(self, clip: Tensor, key: int) -> Tensor:
+    def _transformed(self, clip: Tensor, index: int, key: int) -> Tensor:
         frames = clip.permute(0, 3, 1, 2)  # T 3 h w
         if self.transform is not None:
-            frames = self.transform(frames, torch.full((len(frames),), key))
+            try:
+                frames = self.transform(frames, torch.full((len(frames),), key))
+            except ValueError as error:  # too large for mode `pad`
+                raise ValueError(f"{self.videos.names[index]}: {error}") from error
         return frames.transpose(0, 1).contiguous()
 
     def _pair(self, entry: int | tuple[int, int]) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Training a VQ or FSQ tokenizer of clips: a causal one, or one of images that codes frame by frame.
 
-All losses compare frames: likeness, a perceptual distance and a discriminator see each frame as an image. NBP (arXiv
-2502.07737) trains its causal tokenizer with a discriminator of images too (its code is not released), MAGVIT-v2 (arXiv
-2310.05737) with one of clips; the latter is not here.
+All losses compare frames: likeness, a perceptual distance and a discriminator see each frame as an image. NBP
+(arXiv 2502.07737) trains its causal tokenizer with a PatchGAN, by code that is not released, and MAGVIT-v2 (arXiv
+2310.05737) with a discriminator of clips, which is not here.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_classes_sizes_and_what_is_refused(fashion_root: Path) -> None:
         MovingFashion("test", root=fashion_root, size=33)
     with pytest.raises(ValueError, match="is square; got 32x48"):
         videos.resized((32, 48))
-    with pytest.raises(ValueError, match="1 to 60 clips .* got 61"):
+    with pytest.raises(ValueError, match=r"1 to 60 clips .* got 61"):
         MovingFashion("test", root=fashion_root, num=61)
     with pytest.raises(IndexError, match="clips 0 to 6 here; got 7"):
         videos.clips([0, 7], 2)
@@ -145,7 +145,7 @@ def test_moving_fashion_as_training_data(fashion_root: Path) -> None:
     assert all(any(way) for way in ways) and {way[1] for way in ways} == {True, False}
     with pytest.raises(ValueError, match="no frames a second"):
         open_clips("moving-fashion", frames=5, root=fashion_root, fps=8)
-    with pytest.raises(FileNotFoundError, match="did you mean 'moving-fashion'|moving-fashion"):
+    with pytest.raises(FileNotFoundError, match="moving-fashion"):
         open_clips("moving-fasion")
 
 
@@ -225,7 +225,7 @@ def test_ucf101(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no list 4 \(trainlist04.txt\); UCF-101 has lists 1 to 3"):
         open_clips(tmp_path, fold=4, frames=2)
     (lists / "trainlist03.txt").write_text("Bowling/v_x.avi 3\n")
-    with pytest.raises(ValueError, match="class 'Bowling' .* is not in classInd.txt"):
+    with pytest.raises(ValueError, match=r"class 'Bowling' .* is not in classInd.txt"):
         open_clips(tmp_path, fold=3, frames=2)
 
 
@@ -313,6 +313,8 @@ def test_one_crop_and_one_flip_for_all_frames_of_a_clip(tmp_path: Path) -> None:
     batch = dataset.__getitems__([(0, key) for key in range(12)])["images"]
     assert batch.shape == (12, 3, 5, 8, 8) and (batch == batch[:, :, :1]).all()
     assert len({clip.numpy().tobytes() for clip in batch}) > 6
+    with pytest.raises(ValueError, match=r"an image of 12x20 does not fit into pad size"):
+        open_clips(tmp_path / "still.npy", frames=5, size=8, mode="pad")
 
 
 def test_a_wanted_rate_is_the_nearest_whole_stride(tmp_path: Path) -> None:

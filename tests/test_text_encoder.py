@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ from varkit import AutoPipeline, Rng, registry
 from varkit.cli import app
 from varkit.conditioning.text import TextCondition, byte_encoder, pooled
 from varkit.config import ConfigError
+from varkit.eight_bit import pack_tensors, unpack_tensors
 from varkit.metrics.matcher import ImageTextMatcher, open_matcher
 from varkit.metrics.retrieval import ranks, row
 from varkit.training.loop import train
@@ -209,3 +211,66 @@ def test_a_trained_matcher_finds_real_images_and_the_command_reports(tokenizer: 
     silent = captioned(tmp_path / "silent", ["", "a"])
     with pytest.raises(ConfigError, match="1 of 2 images have no caption"):
         train(recipe(tmp_path / "never", chosen, f"data.train={silent}", "data.validation=null"))
+
+
+def test_a_model_of_texts_is_packed_with_its_matcher_and_has_a_card(tokenizer: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="draws the curves")
+    from varkit.training.card import load_text, pack_model, write_card
+
+    words = ["one", "two", "three", "four"]
+    captioned(tmp_path / "set" / "train", words)
+    captioned(tmp_path / "set" / "test", words)
+    changes = [f"data.train={tmp_path / 'set'}", f"data.validation={tmp_path / 'set'}", "data.flip=false"]
+    changes += ["data.validation_split=test", "loop.steps=2", "loop.validate_every=2", "loop.save_every=0"]
+    drawer = train(recipe(tmp_path / "drawer", plan(tokenizer), *changes, "loop.sample_every=0"))
+    chosen = {"name": "matcher", **MATCHER, "image_size": objective(tokenizer).image_size[0]}
+    judge = train(recipe(tmp_path / "judge", chosen, *changes, "loop.sample_every=0"))
+    values = {
+        "name": "tiny-text",
+        "runs": {"transformer": {"folder": str(drawer.folder)}},
+        "matcher": str(judge.folder / "model"),
+        "prompts": ["one", "手紙"],
+        "dtype": "int8",
+        "curves": [["transformer", "loss"]],
+        "data": str(tmp_path / "set"),
+        "mode": "squash",
+        "limits": "- A limit.",
+    }
+    (tmp_path / "card.yaml").write_text(yaml.safe_dump(values, allow_unicode=True))
+    text, ship = load_text(tmp_path / "card.yaml"), tmp_path / "ship"
+    pack_model(text, ship)
+    packed = open_matcher(ship / "matcher").state_dict()
+    assert all(torch.equal(v, packed[k]) for k, v in unpack_tensors(pack_tensors(_weights(judge.folder))).items())
+    command = CliRunner().invoke(app, ["retrieval", str(ship), str(tmp_path / "set"), "--num", "4", "--json"])
+    assert command.exit_code == 0, command.output
+    (tmp_path / "found.json").write_text(command.stdout)
+    back = [
+        "eval",
+        str(ship),
+        str(tmp_path / "set"),
+        "-p",
+        "emoji-rec",
+        "--num",
+        "4",
+        "--set",
+        "images.sizes=[]",
+        "--set",
+        "images.fit=squash",
+    ]
+    back += ["--split", "test", "--metrics", "psnr,codebook", "--out", str(tmp_path / "back.json")]
+    done = CliRunner().invoke(app, back)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "back.json").read_text())["networks"] == {}  # no network is asked
+    write_card(text, ship, tmp_path / "found.json", tmp_path / "back.json", machine="a test machine")
+    card = (ship / "README.md").read_text()
+    found = json.loads(command.stdout)
+    row_ = next(r for r in found["rows"] if (r["split"], r["images"]) == ("test", "generated"))
+    for shown in ("pipeline_tag: text-to-image", "2. 手紙", f"| {row_['top1']:.1%} (", "guidance_scale 2.0", "PSNR"):
+        assert shown in card
+    assert Image.open(ship / "card" / "samples.png").width > 10
+    nobody = CliRunner().invoke(app, ["retrieval", str(drawer.folder / "model"), str(tmp_path / "set")])
+    assert nobody.exit_code == 2 and "has no matcher beside it: give --matcher" in " ".join(nobody.output.split())
+
+
+def _weights(run: Path) -> dict[str, torch.Tensor]:
+    return open_matcher(run / "model").state_dict()

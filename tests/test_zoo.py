@@ -18,8 +18,8 @@ from varkit.metrics.classifier import ImageClassifier
 from varkit.metrics.evaluate import evaluate
 from varkit.metrics.reconstruction import psnr
 from varkit.metrics.report import Report
+from varkit.model_card import score_table
 from varkit.pipelines.auto import ZOO, zoo_models
-from varkit.training.card import score_table
 
 SLICE = Path(__file__).parent / "data" / "fashion_slice.npz"
 FOLDER = ZOO / "fashion-var"

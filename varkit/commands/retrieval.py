@@ -17,7 +17,12 @@ from varkit.commands.common import Device, Json, open_pipeline, refusing, say
 def retrieval(
     name: Annotated[str, typer.Argument(help="A model of texts: a shipped one, a folder, a hub repository.")],
     data: Annotated[str, typer.Argument(help="Captioned images with splits, such as data/emoji.")],
-    matcher: Annotated[Path, typer.Option(help="Folder of the matcher: model/ of a run of the objective `matcher`.")],
+    matcher: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the matcher: model/ of a run of the objective `matcher`. Default: matcher/ in the model's."
+        ),
+    ] = None,
     split: Annotated[
         list[str] | None, typer.Option(help="Repeatable; each is scored by itself. Default: train and test.")
     ] = None,
@@ -35,6 +40,7 @@ def retrieval(
     from varkit.metrics.matcher import open_matcher
     from varkit.metrics.retrieval import retrieval as run
 
+    matcher = matcher or beside(name)
     judge = open_matcher(matcher)
     pipeline = open_pipeline(name, device, "float32")
     splits = tuple(split or ("train", "test"))
@@ -53,7 +59,8 @@ def retrieval(
         top_p=top_p,
     )
     if as_json:
-        settings = {"guidance": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings = pipeline.sampler.settings(**{k: v for k, v in given.items() if v is not None})
         told = {"model": name, "matcher": str(matcher), "data": data, "seed": seed, "settings": settings}
         typer.echo(json.dumps({**told, "rows": [asdict(row) for row in rows]}))
         return
@@ -64,3 +71,16 @@ def retrieval(
             f"{row.split:>10}  {row.images:<13}  {row.captions:>5} captions  "
             f"top-1 {row.top1:.1%}{ends[0]}  top-5 {row.top5:.1%}{ends[1]}"
         )
+
+
+def beside(name: str) -> Path:
+    """The matcher that a model was shipped with. Raises ValueError where there is none."""
+    from varkit.pipelines.auto import find_folder
+
+    folder = find_folder(name)
+    if folder is None or not (folder / "matcher" / "config.json").is_file():
+        raise ValueError(
+            f"{name} has no matcher beside it: give --matcher, the model/ folder of a run of the objective `matcher`, "
+            f"such as `varkit train emoji_matcher`"
+        )
+    return folder / "matcher"

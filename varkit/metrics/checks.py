@@ -14,7 +14,7 @@ def check_images(
     images: ImageSet,
     reference: ImageSet | Reference,
     protocol: Protocol,
-    network: FeatureNetwork,
+    network: FeatureNetwork | None,
     judge: FeatureNetwork | None,
 ) -> None:
     """A set beside the protocol and the reference. Raises: ValueError saying what was given, and what is allowed."""

@@ -65,7 +65,8 @@ def evaluate_reconstructions(
         lengths: tokens to decode from; each is a result.
     """
     where = options.where
-    network = open_network(protocol, options.weights, where, download=options.download)
+    distance = "frechet" in protocol.metrics
+    network = open_network(protocol, options.weights, where, download=options.download) if distance else None
     tokenizer = _tokenizer(generated)
     if tokenizer is not None:
         tokenizer.to(where)
@@ -82,11 +83,10 @@ def evaluate_reconstructions(
     if tokenizer is None:
         check_images(given, originals, protocol, network, None)
     lpips = _lpips(protocol, originals, options)
-    distance = "frechet" in protocol.metrics
     found = (
-        reference_of(originals, protocol, network, rows=False, cache=options.cache, **options.running)
-        if distance
-        else None
+        None
+        if network is None
+        else reference_of(originals, protocol, network, rows=False, cache=options.cache, **options.running)
     )
     name = (
         given.name
@@ -204,7 +204,7 @@ class Seen:
 def _run(
     originals: ImageSet,
     back: Back,
-    network: FeatureNetwork,
+    network: FeatureNetwork | None,
     protocol: Protocol,
     lpips: Sequence[LPIPS],
     options: Options,
@@ -223,7 +223,7 @@ def _run(
                 one.metrics.update(made, batch.to(made.device))
                 if one.use is not None and ids is not None:
                     one.use.update(ids[:, :length], first=length is not None)
-                if "frechet" in protocol.metrics:
+                if network is not None:
                     one.take(network(made.to(options.where), ["features"])["features"].detach().cpu(), protocol)
                 for i in shown.intersection(indices):
                     one.made.pictures[i] = torch.cat([batch[i - position], made[i - position].cpu()], 2)
@@ -264,14 +264,14 @@ def _result(
     seen: Seen,
     originals: ImageSet,
     protocol: Protocol,
-    network: FeatureNetwork,
+    network: FeatureNetwork | None,
     reference: Reference | None,
 ) -> Result:
     title = name if length is None else f"{name}, {length} tokens"
     settings = {"quantise": protocol.images.quantise} | ({} if length is None else {"length": length})
     result = Result(title, name, len(originals), originals.size, settings)
     for metric in protocol.metrics:
-        if metric == "frechet" and reference is not None:
+        if metric == "frechet" and reference is not None and network is not None:
             fitted = reference.gaussians["features"]
             value = frechet_distance(seen.made.statistics["features"], fitted)
             low = high = None

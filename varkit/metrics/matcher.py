@@ -18,10 +18,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.hub import HubMixin
 from varkit.interfaces import Losses
 
 
-class ImageTextMatcher(ModelMixin, ConfigMixin):
+class ImageTextMatcher(HubMixin, ModelMixin, ConfigMixin):
     """Convolutions for images, a transformer over bytes for texts.
 
     Args:

@@ -219,6 +219,8 @@ class Protocol:
             del data["clips"]
         if self.network.name != "inception":
             data["network"] = {"name": self.network.name}
+        if self.kind == "reconstruction" and "frechet" not in self.metrics:
+            del data["network"]  # nothing reads it
         return data
 
 

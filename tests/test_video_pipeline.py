@@ -332,7 +332,7 @@ def test_an_animated_webp_keeps_every_pixel_and_every_frame(tmp_path: Path) -> N
     path = tmp_path / "a.webp"
     write_video(frames, path, fps=7, lossless=True)
     videos = open_videos(path)
-    assert videos.num_frames(0) == 5 and videos.size(0) == (12, 9)
+    assert videos.num_frames(0) == 5 and videos.size(0) == (12, 9) and videos.rate(0) == 7
     assert torch.equal(videos.clip(0, 5), frames) and torch.equal(videos.clip(0, 2, 2, 1), frames[1:4:2])
     Image.fromarray(frames[0].numpy()).save(tmp_path / "still.webp", lossless=True)
     assert torch.equal(open_videos(tmp_path / "still.webp").clip(0, 1), frames[:1])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -22,6 +23,9 @@ VIDEO_TAGS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
 
 TITLE = 10
 """Pixels of the letters over or under a clip."""
+
+SHOWN_FRAMES = 8
+"""Frames of a clip that are shown in a row."""
 
 UInt8Rule = Literal["round", "llamagen", "mar", "titok_sample", "titok_eval", "adm", "var", "save_image"]
 
@@ -118,6 +122,12 @@ def _broken(title: str, width: int, font: Any) -> list[str]:
         else:
             lines[-1] = longer
     return lines
+
+
+def rows_of_frames(clips: Tensor, count: int) -> Tensor:
+    """(B, 3, T, H, W) -> (B * count, 3, H, W): of each clip the first frame, the last, and others evenly between."""
+    which = torch.linspace(0, clips.shape[2] - 1, count).round().long().to(clips.device)
+    return clips[:, :, which].transpose(1, 2).flatten(0, 1)
 
 
 def columns_for(num: int, classes: int) -> int:

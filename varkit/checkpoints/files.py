@@ -17,6 +17,18 @@ from torch import Tensor, nn
 from varkit.checkpoints.formats import StateDict, format_of_model, format_of_state
 from varkit.registry import checkpoint, list_checkpoints
 
+WRAPPERS = (
+    "ema",
+    "model_ema",
+    "model",
+    "module",
+    "model_state_dict",
+    "state_dict",
+    "trainer",
+    "ema_parameters",
+    "var_wo_ddp",
+)
+
 
 def read_state_dict(path: str | Path) -> StateDict:
     """The tensors of a `.pth`, `.pt`, `.bin`, `.ckpt` or `.safetensors` file, on the CPU.
@@ -38,12 +50,15 @@ def read_state_dict(path: str | Path) -> StateDict:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
     # Wrappers that training scripts put around the weights; an average is what a release is judged by.
-    for key in ("ema", "model_ema", "model", "module", "state_dict", "trainer", "ema_parameters", "var_wo_ddp"):
+    for key in WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return dict(data)
+    parallel = bool(data) and all(
+        key.startswith("module.") for key in data
+    )  # saved from within DistributedDataParallel
+    return {key.removeprefix("module."): value for key, value in data.items()} if parallel else dict(data)
 
 
 def load_strictly(model: nn.Module, state: StateDict, what: str) -> None:
@@ -114,5 +129,5 @@ def write_official(model: nn.Module, path: Path) -> None:
 
         save_file(to_official(model), part)
     else:
-        torch.save(to_official(model), part)
+        torch.save(format_of_model(model).wrapped(to_official(model)), part)
     os.replace(part, path)

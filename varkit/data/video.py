@@ -47,7 +47,7 @@ ALLOWED = (
 )
 
 Clip = npt.NDArray[np.uint8]  # T H W 3
-Start = Literal["first", "random", "all"]
+Start = Literal["first", "middle", "random", "all"]
 Quantize = Literal["none", "truncate"]
 
 INDEXED_FORMATS = ("mov", "matroska")
@@ -78,6 +78,10 @@ class Video(Protocol):
     """One video of a set."""
 
     def info(self) -> VideoInfo: ...
+
+    def rate(self) -> float | None:
+        """Frames a second; None where nothing says."""
+        ...
 
     def read(self, frames: int, stride: int, start: int) -> Clip:
         """The frames start, start + stride, ...; the caller has checked that they exist by `info`."""
@@ -129,6 +133,12 @@ class VideoFile:
                     frames = sum(1 for _ in container.decode(stream))
                 self._info = VideoInfo(frames, context.height, context.width)
         return self._info
+
+    def rate(self) -> float | None:
+        """As the container gives it, or else as its first times are apart."""
+        with _opened(self.path) as (_, stream):
+            rate = stream.average_rate or stream.guessed_rate
+        return float(rate) if rate else None
 
     def read(self, frames: int, stride: int, start: int) -> Clip:
         """The same frames as decoding from the beginning gives; a keyframe before `start` is used where it is safe.
@@ -213,6 +223,9 @@ class FrameFolder:
             self._info = VideoInfo(len(self.files), *self._frame(0).shape[:2])
         return self._info
 
+    def rate(self) -> float | None:
+        return None
+
     def read(self, frames: int, stride: int, start: int) -> Clip:
         pixels = [self._frame(start + k * stride) for k in range(frames)]
         for k, frame in enumerate(pixels):
@@ -241,6 +254,9 @@ class ArrayVideo:
     def info(self) -> VideoInfo:
         return VideoInfo(*self.array.shape[:3])
 
+    def rate(self) -> float | None:
+        return None
+
     def read(self, frames: int, stride: int, start: int) -> Clip:
         cut = self.array[start : start + (frames - 1) * stride + 1 : stride]
         return np.array(np.broadcast_to(cut, (*cut.shape[:3], 3)))
@@ -265,6 +281,10 @@ class VideoSet:
     def size(self, index: int) -> tuple[int, int]:
         """Height and width of a video. Raises: as `num_frames`."""
         return self.videos[index].info()[1:]
+
+    def rate(self, index: int) -> float | None:
+        """Frames a second of a video; None where nothing says. Raises: as `num_frames`."""
+        return self.videos[index].rate()
 
     def clip(self, index: int, frames: int, stride: int = 1, start: int = 0) -> Tensor:
         """The frames start, start + stride, ... of a video: uint8 (T, H, W, 3).
@@ -379,7 +399,8 @@ class ClipRule:
     frames: int = 16
     stride: int = 1
     start: Start = "first"
-    """first: the first window.  random: windows drawn uniformly from all there are.  all: windows side by side."""
+    """first: the first window.  middle: the one in the middle, the earlier of two.  random: windows drawn uniformly
+    from all there are.  all: windows side by side."""
     per_video: int = 1
     """Clips drawn from each video; only with `random`."""
     short: Literal["refuse", "skip"] = "refuse"
@@ -409,6 +430,8 @@ class ClipRule:
         places = [max(n - self.window + 1, 0) for n in num_frames]
         if self.start == "first":
             return [[0] if n else [] for n in places]
+        if self.start == "middle":
+            return [[(n - 1) // 2] if n else [] for n in places]
         if self.start == "all":
             return [list(range(0, n, self.window)) for n in places]
         rng = Rng.for_keys(self.seed, torch.tensor(indices))

@@ -65,6 +65,12 @@ class WebPVideo:
         with self._opened() as image:
             return len(self._order(image)), image.height, image.width
 
+    def rate(self) -> float | None:
+        """Frames a second, as varkit noted them; None for other files, whose pictures may last differently."""
+        with self._opened() as image:
+            noted = self._noted(image)
+        return None if noted is None else noted[1]
+
     def read(self, frames: int, stride: int, start: int) -> np.ndarray:
         """uint8 (T, H, W, 3)."""
         with self._opened() as image:
@@ -81,20 +87,24 @@ class WebPVideo:
         except OSError as error:
             raise ValueError(f"{self.path} cannot be read as a video: {' '.join(str(error).split())}") from error
 
-    def _order(self, image: Any) -> Sequence[int]:
-        """Which stored picture each frame is."""
-        count = getattr(image, "n_frames", 1)
+    @staticmethod
+    def _noted(image: Any) -> tuple[int, float] | None:
+        """Frames, and how many a second, as varkit wrote them."""
         try:
             about = json.loads(image.getexif().get(DESCRIPTION) or "")
-            written, fps = int(about["frames"]), float(about["fps"])
+            return int(about["frames"]), float(about["fps"])
         except (ValueError, KeyError, TypeError):
+            return None
+
+    def _order(self, image: Any) -> Sequence[int]:
+        """Which stored picture each frame is."""
+        count, noted = getattr(image, "n_frames", 1), self._noted(image)
+        if noted is None:
             return range(count)
-        shown, ends = [], list[int]()
+        ends = []
         for number in range(count):
             image.seek(number)
             image.load()
             ends.append(image.info["timestamp"] + image.info["duration"])
-        for k in range(written):
-            middle = (k + 0.5) * 1000 / fps
-            shown.append(next((n for n, end in enumerate(ends) if middle < end), count - 1))
-        return shown
+        middles = [(k + 0.5) * 1000 / noted[1] for k in range(noted[0])]
+        return [next((n for n, end in enumerate(ends) if middle < end), count - 1) for middle in middles]

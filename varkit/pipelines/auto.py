@@ -6,7 +6,7 @@ import json
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -142,6 +142,30 @@ def open_tokenizer(name: str, *, image_size: int | None = None, **overrides: Any
             raise ValueError(f"{name} codes images of {height}x{width} alone, not of {image_size}x{image_size}")
         tokenizer.set_image_size(image_size)
     return tokenizer
+
+
+def tokenizer_frames(name: str) -> int | None:
+    """Frames of the clips that the tokenizer of that name codes, None for one of images; weights of folders are not
+    read.
+
+    Raises: as `open_tokenizer`.
+    """
+    folder = find_folder(name)
+    folder = Path(name) if folder is None else _part_of(folder, "image_tokenizer")
+    if not (folder / "config.json").is_file():
+        return cast("int | None", open_tokenizer(name).num_frames)
+    written = json.loads((folder / "config.json").read_text())
+    kind = OF_DIFFUSERS.get(written.get("_class_name", ""), written.get("_class_name", ""))
+    try:
+        saved = registry.model_class(kind)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if not issubclass(saved, Tokenizer):
+        raise ValueError(f"{folder} holds a {saved.__name__}, not a {Tokenizer.__name__}")
+    if kind != written["_class_name"]:
+        return None
+    with torch.device("meta"):
+        return cast("int | None", saved.from_config(written).num_frames)  # type: ignore[attr-defined]
 
 
 def open_transformer(name: str, kind: type[Any], **overrides: Any) -> tuple[Any, dict[int, str]]:

@@ -22,6 +22,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 
 PIPELINES = {
     "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "ClassToVideoPipeline": "varkit.pipelines.class_to_video",
     "DistilledPipeline": "varkit.pipelines.distilled",
     "TextToImagePipeline": "varkit.pipelines.text_to_image",
 }
@@ -268,17 +269,24 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
 
 
 def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
-    """A pipeline of its own kind around a generator or a student. `sampling`: settings of the sampler that it names."""
+    """A pipeline of its own kind around a generator or a student, of images or, by the tokenizer, of clips.
+
+    Args: sampling: settings of the sampler that the generator names.
+    """
     from varkit.generators.distilled import Student
     from varkit.pipelines.class_to_image import ClassToImagePipeline
+    from varkit.pipelines.class_to_video import ClassToVideoPipeline
     from varkit.pipelines.distilled import DistilledPipeline
     from varkit.pipelines.text_to_image import TextToImagePipeline
 
     sampler = getattr(import_module(SAMPLERS[transformer.sampler]), transformer.sampler)
+    tokenizer = transformer.tokenizer_for(tokenizer)
     kind = TextToImagePipeline if transformer.condition == "text" else ClassToImagePipeline
     if isinstance(transformer, Student):
         kind = DistilledPipeline
-    return kind(transformer, transformer.tokenizer_for(tokenizer), sampler(**sampling))
+    elif tokenizer.num_frames is not None:
+        kind = ClassToVideoPipeline
+    return kind(transformer, tokenizer, sampler(**sampling))
 
 
 def _download(card: registry.Checkpoint) -> str:

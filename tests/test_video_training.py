@@ -16,7 +16,7 @@ from tests.test_training import SLICE, TOKENIZER, lines
 from varkit import Rng, registry
 from varkit.config import ConfigError, override
 from varkit.data.clips import ClipDataset
-from varkit.pipelines.auto import open_tokenizer, tokenizer_frames
+from varkit.pipelines.auto import AutoPipeline, open_tokenizer, tokenizer_frames
 from varkit.training.dry_run import dry_run
 from varkit.training.loop import Trainer, train
 from varkit.training.objectives import build_objective, objective_config, takes_clips
@@ -191,6 +191,10 @@ def test_a_generator_of_clips_learns_resumes_exactly_and_shows_frames(
     again = resumed(whole, clips_recipe(tmp_path / "again", plan, fashion_root, *changes), 6)
     assert same_weights(whole / "model", again / "model")
     assert open_tokenizer(str(again / "model")).num_frames == 5
+    pipeline = AutoPipeline.from_pretrained(again / "model")
+    assert pipeline.labels[29] == "ankle boot, diagonal" and pipeline.sampler.config.guidance_scale == 2.0
+    videos = pipeline(["bag, vertical", 3], seed=0, output_type="pt").videos
+    assert videos.shape == (2, 5, 3, 8, 8) and videos.isfinite().all()
     with Image.open(whole / "samples" / "step-00000012.png") as sheet:  # eight clips, five frames each
         assert sheet.size == (5 * 10 + 2, 8 * 10 + 2)
 
@@ -214,7 +218,7 @@ def test_sizes_come_from_the_tokenizer_of_clips(tokenizer: str) -> None:
     [
         ({"control": {"kinds": ["canny"]}}, "objective.control is for images"),
         ({"self_generated": {}}, "objective.self_generated is for images"),
-        ({"sizes": {"smallest": 8, "largest": 16}}, "objective.sizes is for images"),
+        ({"sizes": {"smallest": 16, "largest": 32}}, "objective.sizes is for images"),
         ({"given_frames": 2}, "given_frames is for generators that go on with given frames"),
         ({"model": "llamagen_fashion", "model_overrides": {}}, "llamagen_fashion cannot be made for clips"),
     ],

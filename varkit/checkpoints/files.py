@@ -28,6 +28,7 @@ WRAPPERS = (
     "trainer",
     "ema_parameters",
     "var_wo_ddp",
+    "sd",
 )
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import runpy
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
+from tests.test_clips import fashion_root as fashion_root
 from tests.test_models import liven
-from varkit import NextGroupSampler, Rng
+from tests.test_training import lines
+from tests.test_video_training import clips_recipe
+from varkit import AutoPipeline, NextGroupSampler, Rng
 from varkit.checkpoints.files import load_official, to_official, write_official
 from varkit.cli import app
 from varkit.generators.nbp import NBP, TINY
@@ -22,6 +27,7 @@ from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond
 from varkit.tokenizers.magvit2 import TINY as TINY_TOKENIZER
 from varkit.tokenizers.magvit2 import MagViT2
+from varkit.training.loop import train
 
 TEXTS = [[2, 2, 1, 5], [2, 1, 6, 7], [1, 5, 7, 8]]
 CLASS: dict[str, Any] = {"num_classes": 3, "first": "begin"}
@@ -88,7 +94,7 @@ def test_what_is_read_in_each_mode() -> None:
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_mask_opens_the_condition_and_whole_groups(kind: str, block: Any) -> None:
     model = small(kind, block)
-    mask, p = model.mask(), model.prefix_length
+    mask, p = model.seen, model.prefix_length
     sizes = model.sizes[1:] if kind == "given" else model.sizes
     assert p == {"class": 1, "hybrid": 1, "text": 4}.get(kind, 0) and len(mask) == p + sum(sizes)
     assert mask[:, :p].all() and not mask[:p, p:].any()
@@ -294,6 +300,68 @@ def test_weights_of_tokens_and_the_vocabulary_of_the_loss() -> None:
     logits, _ = text.joint_logits(inputs_of(tokens), labels_of(text))
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), text.joint_ids(tokens).flatten())
     torch.testing.assert_close(text.training_loss(tokens, inputs_of(tokens), cond, rng)["loss"], expected)
+
+
+def objective(tokenizer_folder: Path, name: str, model: str, **overrides: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "model": model,
+        "tokenizer": str(tokenizer_folder),
+        "model_overrides": overrides,
+        "sampling": {"guidance_scale": 2.0},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "overrides"),
+    [
+        ("next-token", "nbp_moving_fashion", {"block": "frame"}),
+        ("next-token", "nbp_moving_fashion", {"block": 1}),
+        ("next-token", "nbp_moving_fashion", {"block": 2, "first": "hybrid"}),
+        ("next-entity", "entity_moving_fashion", {}),
+        (
+            "next-entity",
+            "entity_moving_fashion",
+            {"entity": "cell", "entity_size": [1, 2, 1], "context_noise": "clean"},
+        ),
+    ],
+    ids=["frame", "token", "hybrid", "entity-frame", "entity-cell"],
+)
+def test_a_run_on_clips_learns_and_exports_what_goes_on_from_frames(
+    name: str, model: str, overrides: dict[str, Any], fashion_root: Path, tmp_path: Path
+) -> None:
+    tokenizer().save_pretrained(tmp_path / "tokenizer")
+    sizes = {"hidden_size": 32, "num_heads": 2} | ({"depths": [1, 1]} if "entity" in model else {"depth": 2})
+    plan = objective(tmp_path / "tokenizer", name, model, **sizes, **overrides)
+    settings = (
+        "loop.steps=40",
+        "loop.validate_every=20",
+        "loop.save_every=40",
+        "loop.sample_every=40",
+        "optim.lr=1e-2",
+    )
+    run = train(clips_recipe(tmp_path / "run", plan, fashion_root, *settings)).folder
+    validated = [line["validation/loss"] for line in lines(run) if "validation/loss" in line]
+    assert validated[-1] < 0.9 * lines(run)[0]["loss"]
+    pipeline = AutoPipeline.from_pretrained(run / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.layout.grids == ((3, 2, 2),) and pipeline.transformer.num_classes == 30
+    given = torch.rand(1, 3, 3, 8, 8) * 2 - 1
+    out = pipeline([4, 7], frames=given, seed=0, output_type="pt")
+    assert out.videos.shape == (2, 5, 3, 8, 8) and out.videos.isfinite().all()
+    torch.testing.assert_close(out.videos[:, :3], ((given + 1) / 2).transpose(1, 2).expand(2, -1, -1, -1, -1))
+    if name == "next-token" and overrides["block"] == "frame":
+        assert out.stats["steps"] == 1  # two of three latent frames are read at once
+
+
+def test_the_benchmark_of_blocks_compares_with_single_tokens() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "video_blocks.py"
+    bench = typer.Typer()
+    bench.command()(runpy.run_path(str(script))["main"])
+    told = CliRunner().invoke(bench, ["--blocks", "row,64", "--batches", "1", "--repeats", "1"]).output
+    rows = [line.split() for line in told.splitlines()[2:5]]
+    assert [row[0] for row in rows] == ["token", "row", "64"] and [row[2] for row in rows] == ["320", "40", "5"]
+    assert rows[0][-1] == "1.00x" and float(rows[2][-1][:-1]) > 2
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

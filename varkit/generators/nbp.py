@@ -162,6 +162,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
     free_arguments = frozenset({"dropout", "cond_drop_rate", "class_texts"})
     """These: see `varkit.training.finetune.Tunable`."""
 
+    seen: Tensor  # S S bool, by each entry: the condition, its own group and all groups before it
     source: Tensor  # L: for each token, the token that is read to predict it; below 0 learned ones, from -1
     texts: Tensor  # classes x P, joint ids; of models of texts
 
@@ -210,6 +211,8 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         if max_positions is not None and max_positions < entries:
             raise ValueError(f"max_positions {max_positions} are fewer than the {entries} entries of the sequence")
         self.register_buffer("source", self._sources(), persistent=False)
+        groups = self.sizes[int(self.skip > 0) :]
+        self.register_buffer("seen", block_mask([self.prefix_length, *groups]), persistent=False)
         if text_length:
             texts = torch.tensor(class_texts or [[0] * text_length], device="cpu")
             self.register_buffer("texts", texts + self.specials, persistent=False)
@@ -300,10 +303,6 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
             return self.class_emb(labels)[:, None]
         return weight.new_zeros(len(labels), 0, weight.shape[1])
 
-    def mask(self) -> Tensor:
-        """What each entry of the sequence sees, (S, S) bool: the condition, its own group and all groups before it."""
-        return block_mask([self.prefix_length, *self.sizes[int(self.skip > 0) :]])
-
     # ---- the network --------------------------------------------------------------------------------------
 
     def forward(
@@ -329,7 +328,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         read = self.read_ids(self.joint_ids(inputs[:, 1:]), 0, count)
         x = torch.cat([self.prefix(class_labels), self.tok_emb(read)], 1)
         x = self.drop(x + self.pos_emb[:, : x.shape[1]])
-        mask = self.mask()[: x.shape[1], : x.shape[1]].to(x.device)
+        mask = self.seen[: x.shape[1], : x.shape[1]]
         hidden = x
         for i, block in enumerate(self.blocks, 1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -408,7 +407,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         at = state.cache.length
         end = at + x.shape[1]
         one = begin > 0 and not any(begin < e < begin + count for e in state.ends)  # group: it sees all that is there
-        mask = None if one else self.mask()[at:end, :end].to(x.device)
+        mask = None if one else self.seen[at:end, :end]
         x = x + self.pos_emb[:, at:end]
         for i, block in enumerate(self.blocks):
             x = block(x, mask, state.cache, i)

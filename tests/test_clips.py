@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import struct
 from pathlib import Path
@@ -13,13 +14,16 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 
+from varkit.cli import app
+from varkit.data.check_clips import check_clips, is_video_source
 from varkit.data.clips import ClipDataset, open_clips
 from varkit.data.dataset import collate
 from varkit.data.fashion import FASHION_CLASSES
 from varkit.data.moving import LENGTH, MOTIONS, MOVING_CLASSES, MovingFashion, area_weights, bounce, shrink
 from varkit.data.transforms import MAX_FAILURES
-from varkit.data.video import ClipRule, open_videos, write_video
+from varkit.data.video import ClipRule, ShortVideo, VideoFile, VideoInfo, open_videos, write_video
 
 SLICE = Path(__file__).parent / "data" / "fashion_slice.npz"
 
@@ -147,6 +151,22 @@ def test_moving_fashion_as_training_data(fashion_root: Path) -> None:
         open_clips("moving-fashion", frames=5, root=fashion_root, fps=8)
     with pytest.raises(FileNotFoundError, match="moving-fashion"):
         open_clips("moving-fasion")
+
+
+def test_the_command_writes_the_clips_that_are_computed(fashion_root: Path, tmp_path: Path) -> None:
+    args = ["data", "moving-fashion", str(tmp_path / "m"), "--num", "50", "--frames", "4", "--root", str(fashion_root)]
+    done = CliRunner().invoke(app, [*args, "--size", "16", "--json"])
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    assert told["shape"] == [50, 4, 16, 16, 3] and len(told["classes"]) == 30
+    videos = MovingFashion("test", size=16, root=fashion_root)
+    with np.load(told["file"]) as found:
+        assert (found["arr_0"] == videos.clips(range(50), 4)[..., None]).all()
+        assert (found["arr_1"] == videos.labels[:50]).all()
+    opened = open_clips(told["file"], frames=4)
+    assert opened.labels.tolist() == videos.labels[:50].tolist()
+    refused = CliRunner().invoke(app, [*args, "--split", "val"])
+    assert refused.exit_code == 2 and "--split must be train or test" in refused.output
 
 
 # ---- layouts ------------------------------------------------------------------------------------------------------
@@ -294,6 +314,8 @@ def test_starts_are_first_middle_or_drawn_by_the_key(tmp_path: Path) -> None:
     assert shown(open_clips(tmp_path, frames=3, stride=2), 0, 5) == [0, 2, 4]
     assert shown(open_clips(tmp_path, frames=3, stride=2, start="middle"), 0, 5) == [3, 5, 7]
     assert ClipRule(frames=12, start="middle").starts([0, 1], [12, 11]) == [[0], []]
+    assert ClipRule(frames=3, stride=2, start="even", per_video=3).starts([0], [12]) == [[0, 3, 6]]
+    assert ClipRule(frames=3, stride=2, start="even").starts([0], [12]) == [[3]]
     drawn = open_clips(tmp_path, frames=3, stride=2, start="random", seed=4)
     clips = {key: shown(drawn, 0, key) for key in range(60)}
     assert {c[0] for c in clips.values()} == set(range(7)) and all(
@@ -372,3 +394,48 @@ def test_videos_say_how_many_frames_a_second(tmp_path: Path) -> None:
     video(tmp_path / "v.mp4", fps=12.5)
     assert open_videos(tmp_path / "v.mp4").rate(0) == pytest.approx(12.5, abs=0.01)
     assert open_videos(np.zeros((1, 2, 4, 4, 3), np.uint8)).rate(0) is None
+
+
+def test_checking_a_set_of_videos(tmp_path: Path) -> None:
+    for name, frames, fps in (("a/1", 6, 8), ("a/2", 6, 8), ("b/1", 9, 12.5)):
+        video(tmp_path / f"{name}.mp4", frames=frames, fps=fps)
+    video(tmp_path / "b" / "one.gif", frames=1, size=(15, 17))  # odd sides
+    (tmp_path / "b" / "torn.mp4").write_bytes((tmp_path / "b" / "1.mp4").read_bytes()[:700])
+    (tmp_path / "a" / "empty.mp4").touch()
+    assert is_video_source(tmp_path)
+    done = CliRunner().invoke(app, ["data", "check", str(tmp_path), "--json", "--workers", "2"])
+    assert done.exit_code == 1, done.output
+    report = json.loads(done.stdout)
+    assert (report["total"], report["readable"], report["frames"]) == (6, 4, [1, 6, 9])
+    assert report["classes"] == {"a": 2, "b": 2} and report["sizes"] == {"16x24": 3, "15x17": 1}
+    assert report["duplicates"] == 1 and abs(report["seconds"] - (12 / 8 + 9 / 12.5)) < 0.2
+    assert sorted(Path(b["path"]).name for b in report["broken"]) == ["empty.mp4", "torn.mp4"]
+    text = CliRunner().invoke(app, ["data", "check", str(tmp_path)]).stdout
+    assert "videos   4 readable of 6" in text and "1 videos have one frame alone" in text and "torn.mp4" in text
+    (tmp_path / "c").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "c" / "0.png")
+    assert not is_video_source(tmp_path)  # a folder of images that has videos beside them
+    assert check_clips(tmp_path).readable == 4
+
+
+def test_a_header_that_promises_more_frames_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    video(tmp_path / "v.mp4", frames=6)
+    info = VideoFile.info
+
+    def lying(self: VideoFile) -> VideoInfo:
+        found = info(self)
+        return found if self._told else found._replace(frames=70)  # type: ignore[attr-defined]
+
+    def read(self: VideoFile, *args: int) -> Any:
+        try:
+            return whole(self, *args)
+        except ShortVideo:
+            self._told = True  # type: ignore[attr-defined]
+            raise
+
+    whole = VideoFile.read
+    monkeypatch.setattr(VideoFile, "_told", False, raising=False)
+    monkeypatch.setattr(VideoFile, "info", lying)
+    monkeypatch.setattr(VideoFile, "read", read)
+    report = check_clips(tmp_path)
+    assert report.frames == (6, 6, 6) and "1 videos have fewer frames than their headers say" in report.warnings[0]

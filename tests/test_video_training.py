@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from tests.test_clips import fashion_root as fashion_root
 from tests.test_training import SLICE, TOKENIZER, lines
 from varkit import Rng, registry
+from varkit.cli import app
 from varkit.config import ConfigError, override
 from varkit.data.clips import ClipDataset
+from varkit.data.codes import CodeSet
+from varkit.data.transforms import ImageTransform
+from varkit.data.video import open_videos, write_video
 from varkit.pipelines.auto import AutoPipeline, open_tokenizer, tokenizer_frames
 from varkit.training.dry_run import dry_run
 from varkit.training.loop import Trainer, train
@@ -260,3 +269,80 @@ def test_clips_and_images_are_not_mixed_up(tokenizer: str, fashion_root: Path, t
             Trainer(clips_recipe(tmp_path / "run", objective, fashion_root, *changes), resume=False)
     with pytest.raises(ConfigError, match="stands instead of stride"):
         clips_recipe(tmp_path / "run", raster, fashion_root, "data.clips.fps=8")
+
+
+# ---- token files and reconstructions ------------------------------------------------------------------------------
+
+
+def test_token_files_of_clips_are_those_of_the_clips_and_train(tokenizer: str, tmp_path: Path) -> None:
+    videos = np.random.default_rng(0).integers(0, 256, (6, 12, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "videos.npz", arr_0=videos, arr_1=np.arange(6) % 2)
+    args = ["tokenize", tokenizer, str(tmp_path / "videos.npz"), "--out", str(tmp_path / "codes"), "--device", "cpu"]
+    done = CliRunner().invoke(app, [*args, "--clips", "3", "--stride", "2", "--flip", "--shard-size", "4", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["views"][2] == "clip 2 of 3, 5 frames, every 2, center 1x"
+    codes = CodeSet(tmp_path / "codes", random_view=False)
+    model = open_tokenizer(tokenizer)
+    for view, (start, mirrored) in enumerate([(0, False), (0, True), (1, False), (1, True), (2, False), (2, True)]):
+        clips = torch.from_numpy(videos[:, start : start + 9 : 2]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        expected = model.encode(clips.flip(-1) if mirrored else clips)
+        assert torch.equal(torch.stack([codes.tokens(i, view) for i in range(6)]).long(), expected)
+    plan = clips_recipe(tmp_path / "run", RASTER | {"tokenizer": tokenizer}, tmp_path, "data.root=null")
+    data = {"train": str(codes.folder), "validation": str(codes.folder), "clips": None, "flip": False}
+    run = train(replace(plan, data=replace(plan.data, **data)))
+    assert run.model is not None and any("validation/loss" in line for line in lines(run.folder))
+    refused = CliRunner().invoke(app, [*args, "--crops", "10", "--out", str(tmp_path / "more")])
+    assert refused.exit_code == 2 and "ten crops are of images" in refused.output
+
+
+def test_reconstructions_go_window_by_window_and_are_told(tokenizer: str, tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    for name, frames, size in (("long.mp4", 12, (9, 15)), ("one.gif", 1, (8, 8)), ("whole.mp4", 5, (16, 16))):
+        clip = np.random.default_rng(frames).integers(0, 256, (frames, *size, 3)).astype(np.uint8)
+        write_video(clip, folder / name, 10)
+    args = ["reconstruct", tokenizer, str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    done = CliRunner().invoke(app, args)
+    assert done.exit_code == 0, done.output
+    assert "long.mp4: 12 frames in 3 windows of 5, the last padded by 3 repeated frames, cut off again" in done.stdout
+    assert "one.gif: 1 frames in 1 window of 5, the last padded by 4" in done.stdout
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [len(one["per_frame"]["psnr"]) for one in result["videos"]] == [12, 1, 5] and result["frames"] == 18
+    each = [value for one in result["videos"] for value in one["per_frame"]["psnr"]]
+    assert result["psnr"] == pytest.approx(sum(each) / 18, abs=1e-3)
+    written = open_videos(tmp_path / "out" / result["videos"][0]["file"])
+    assert written.num_frames(0) == 12 and written.size(0) == (8, 16) and written.rate(0) == pytest.approx(10, abs=0.1)
+    # the second window is coded by itself
+    model, source = open_tokenizer(tokenizer), open_videos(folder / "long.mp4")
+    frames = ImageTransform(8, mode="center", enlarge=1.0)(source.clip(0, 5, 1, 5).permute(0, 3, 1, 2))
+    clip = frames.transpose(0, 1)[None]
+    back = model.decode(model.encode(clip))[0]
+    expected = 10 * torch.log10(4 / (back - clip[0]).square().mean((0, 2, 3)))
+    torch.testing.assert_close(
+        torch.tensor(result["videos"][0]["per_frame"]["psnr"][5:10]), expected, atol=2e-2, rtol=0
+    )
+    few = CliRunner().invoke(app, [*args, "--frames", "3", "--num", "1", "--stride", "2", "--format", "gif", "--json"])
+    assert few.exit_code == 0 and json.loads(few.stdout)["videos"][0]["file"] == "000-long.gif"
+    assert open_videos(tmp_path / "out" / "000-long.gif").num_frames(0) == 3
+
+
+def test_videos_that_cannot_be_read_are_named(tokenizer: str, tmp_path: Path) -> None:
+    write_video(np.zeros((6, 8, 8, 3), np.uint8), tmp_path / "v.mp4", 8)
+    torn = tmp_path / "torn.mp4"
+    torn.write_bytes((tmp_path / "v.mp4").read_bytes()[:600])
+    nothing = tmp_path / "nothing.mp4"
+    nothing.touch()
+    with av.open(str(tmp_path / "frameless.mkv"), "w") as container:  # a stream of no frames
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width = stream.height = 8
+        stream.pix_fmt = "yuv420p"
+        container.start_encoding()
+    for name, message in (
+        ("torn.mp4", "torn.mp4"),
+        ("nothing.mp4", "nothing.mp4"),
+        ("frameless.mkv", "frameless.mkv"),
+        ("gone.mp4", "does not exist"),
+    ):
+        done = CliRunner().invoke(app, ["reconstruct", tokenizer, str(tmp_path / name), "--out", str(tmp_path / "out")])
+        assert done.exit_code == 2 and message in done.output and "Traceback" not in done.output, done.output
+    bad = CliRunner().invoke(app, ["reconstruct", tokenizer, str(tmp_path), "--out", str(tmp_path), "--psnr", "20"])
+    assert bad.exit_code == 2 and "are of images" in bad.output

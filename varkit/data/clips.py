@@ -47,6 +47,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
     Attributes:
         rule: which frames; its stride counts where `fps` is None.
         fps: wanted frames a second: every n-th frame is taken, n the whole number nearest to rate / fps, at least 1.
+        which: of the clips of a video, where `rule.per_video` has several.
         transform: applied to every frame; None gives the stored uint8 pixels.
         classes, labels, name, source, kind, warnings: as `ImageDataset`.   texts: None, as videos have none.
     """
@@ -66,7 +67,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         self.videos, self.labels, self.classes = found.videos, found.labels, list(found.classes)
         self.kind, self.dropped, self.warnings = found.kind, list(found.dropped), list(found.warnings)
         self.name, self.source = name, source
-        self.rule, self.fps, self.transform = rule, fps, transform
+        self.rule, self.fps, self.transform, self.which = rule, fps, transform, 0
         self.reasons: dict[int, str] = {}
         self.unreadable = torch.zeros(len(self.videos), dtype=torch.bool)
         with suppress(RuntimeError):  # no shared memory: then each worker keeps its own record
@@ -135,7 +136,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
         return {"images": images, "labels": self.labels[index], "index": index, "keys": keys}
 
     def _computed(self, videos: MovingFashion, indices: list[int], keys: Tensor) -> Tensor:
-        starts = [s[0] for s in self.rule.starts(keys.tolist(), [videos.num_frames(i) for i in indices])]
+        starts = [s[self.which] for s in self.rule.starts(keys.tolist(), [videos.num_frames(i) for i in indices])]
         grey = torch.from_numpy(videos.clips(indices, self.rule.frames, self.rule.stride, starts))[:, None]
         if self.transform is None:
             return grey.expand(-1, 3, -1, -1, -1).contiguous()
@@ -180,7 +181,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             if not starts:
                 raise ShortVideo(self.videos.names[index], frames, rule.window)
             try:
-                return self.videos.clip(index, rule.frames, rule.stride, starts[0])
+                return self.videos.clip(index, rule.frames, rule.stride, starts[self.which])
             except ShortVideo as error:
                 short = error
         raise short

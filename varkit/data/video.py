@@ -47,7 +47,7 @@ ALLOWED = (
 )
 
 Clip = npt.NDArray[np.uint8]  # T H W 3
-Start = Literal["first", "middle", "random", "all"]
+Start = Literal["first", "middle", "random", "even", "all"]
 Quantize = Literal["none", "truncate"]
 
 INDEXED_FORMATS = ("mov", "matroska")
@@ -400,9 +400,9 @@ class ClipRule:
     stride: int = 1
     start: Start = "first"
     """first: the first window.  middle: the one in the middle, the earlier of two.  random: windows drawn uniformly
-    from all there are.  all: windows side by side."""
+    from all there are.  even: windows from the first to the last, equally far apart.  all: windows side by side."""
     per_video: int = 1
-    """Clips drawn from each video; only with `random`."""
+    """Clips of each video; only with `random`, and with `even`, where one is that in the middle."""
     short: Literal["refuse", "skip"] = "refuse"
     """What becomes of a video shorter than a window: an error that names it, or it is left out and counted."""
     seed: int = 0
@@ -417,8 +417,8 @@ class ClipRule:
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {self.start!r}")
         if self.short not in ("refuse", "skip"):
             raise ValueError(f"short must be refuse or skip; got {self.short!r}")
-        if self.per_video > 1 and self.start != "random":
-            raise ValueError(f"per_video={self.per_video} goes with start=random; got start={self.start}")
+        if self.per_video > 1 and self.start not in ("random", "even"):
+            raise ValueError(f"per_video={self.per_video} goes with start=random or even; got start={self.start}")
 
     @property
     def window(self) -> int:
@@ -430,8 +430,11 @@ class ClipRule:
         places = [max(n - self.window + 1, 0) for n in num_frames]
         if self.start == "first":
             return [[0] if n else [] for n in places]
-        if self.start == "middle":
+        if self.start == "middle" or (self.start == "even" and self.per_video == 1):
             return [[(n - 1) // 2] if n else [] for n in places]
+        if self.start == "even":
+            last = self.per_video - 1
+            return [[k * (n - 1) // last for k in range(last + 1)] if n else [] for n in places]
         if self.start == "all":
             return [list(range(0, n, self.window)) for n in places]
         rng = Rng.for_keys(self.seed, torch.tensor(indices))

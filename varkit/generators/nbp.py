@@ -44,6 +44,7 @@ from varkit.layers.modulated import block_mask
 from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
+from varkit.tokenizers.magvit2 import TINY as TINY_TOKENIZER
 
 Block = int | Literal["token", "row", "frame"]
 
@@ -403,7 +404,8 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         x = torch.cat([state.prefix, x], 1) if begin == 0 else x
         at = state.cache.length
         end = at + x.shape[1]
-        mask = self.mask()[at:end, :end].to(x.device)
+        one = begin > 0 and not any(begin < e < begin + count for e in state.ends)  # group: it sees all that is there
+        mask = None if one else self.mask()[at:end, :end].to(x.device)
         x = x + self.pos_emb[:, at:end]
         for i, block in enumerate(self.blocks):
             x = block(x, mask, state.cache, i)
@@ -497,17 +499,6 @@ TINY: dict[str, Any] = {
     "text_vocab": 0,
     "max_positions": None,
 }
-_TINY_TOKENIZER: dict[str, Any] = {
-    "num_frames": 5,
-    "image_size": 8,
-    "base_channels": 8,
-    "widths": (8, 16, 16),
-    "num_units": (0, 1, 1),
-    "strides": ((1, 2, 2), (2, 2, 2)),
-    "levels": (4, 3, 2),
-    "norm_groups": 4,
-}
-
 for _size, (_depth, _width, _heads, _count) in SIZES.items():
     for _data, _kind in (("ucf", HYBRID), ("k600", GIVEN)):
         register_model(
@@ -518,7 +509,7 @@ for _size, (_depth, _width, _heads, _count) in SIZES.items():
                 f"NBP-{_size} of {'UCF-101, from texts' if _data == 'ucf' else 'Kinetics-600, from frames'}: {_count}",
                 tokenizer="magvit2_nbp",
                 tiny={**TINY, "first": "hybrid" if _data == "ucf" else "begin"},
-                tiny_tokenizer=_TINY_TOKENIZER,
+                tiny_tokenizer=TINY_TOKENIZER,
             )
         )
 register_model(
@@ -537,7 +528,7 @@ register_model(
         "moving garments, 17 frames of 32x32, row by row: 3.1 M parameters",
         tokenizer="magvit2_moving_fashion",
         tiny={**TINY, "first": "begin"},
-        tiny_tokenizer=_TINY_TOKENIZER,
+        tiny_tokenizer=TINY_TOKENIZER,
     )
 )
 

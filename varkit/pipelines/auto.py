@@ -150,6 +150,9 @@ def tokenizer_frames(name: str) -> int | None:
 
     Raises: as `open_tokenizer`.
     """
+    if name in registry.list_checkpoints():
+        with torch.device("meta"):
+            return getattr(registry.model_entry(registry.checkpoint(name).builder).build(), "num_frames", None)
     folder = find_folder(name)
     folder = Path(name) if folder is None else _part_of(folder, "image_tokenizer")
     if not (folder / "config.json").is_file():

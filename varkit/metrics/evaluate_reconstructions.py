@@ -118,11 +118,12 @@ def _image_pairs(
         check_images(originals, originals, protocol, None, None)
         check_images(given, originals, protocol, None, None)
         return originals, _given(given), given.name
-    if tokenizer.num_frames is not None:
+    if getattr(tokenizer, "num_frames", None) is not None:
         raise ValueError(f"{type(tokenizer).__name__} codes clips; {protocol.name} scores images (docs/video.md)")
     originals = open_set(reference, protocol, size=tuple(tokenizer.image_size), **opening)
     name = str(generated if isinstance(generated, str | Path) else type(tokenizer).__name__)
-    return originals, _through(tokenizer.to(device), device, protocol, lengths), name
+    tokenizer.to(device)
+    return originals, _through(tokenizer, device, protocol, lengths), name
 
 
 def _tokenizer(source: Any) -> Any | None:

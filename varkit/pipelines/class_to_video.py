@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varkit.conditioning.frames import FrameCondition
 from varkit.conditioning.label import LabelCondition
 from varkit.interfaces import Cond
 from varkit.pipelines.base import ImagePipeline, StepCallback, make_rng
@@ -52,6 +53,8 @@ class ClassToVideoPipeline(Labelled, Windowed, ImagePipeline):
                 f"{type(image_tokenizer).__name__} codes images, not clips: take ClassToImagePipeline, or a tokenizer "
                 f"of clips, such as FrameTokenizer around it"
             )
+        if transformer.condition == "frames":
+            FrameCondition(image_tokenizer)  # refuses latents
         self.register_modules(transformer=transformer, image_tokenizer=image_tokenizer, sampler=sampler)
         self.register_to_config(id2label=id2label)
 
@@ -231,8 +234,7 @@ class ClassToVideoPipeline(Labelled, Windowed, ImagePipeline):
         tokenizer, layout = self.image_tokenizer, self.image_tokenizer.layout
         if labels is None:
             assert read is not None
-            rest = read[:, :, -1:].expand(-1, -1, self.num_frames - read.shape[2], -1, -1)
-            return Cond(tokenizer.encode(torch.cat([read, rest], 2))), None
+            return FrameCondition(tokenizer).encode(frames=read), None
         if read is None:
             return labels, None
         start = tokenizer.encode_start(read)  # B k, or B k C

@@ -44,6 +44,7 @@ class Draw(IntEnum):
     PREFIX = 22  # how much of a sequence is shown in training
     HIDDEN = 23  # which tokens are hidden, and how many, in training
     FILL_NOISE = 24  # noise in place of hidden inputs, or over what is read, and how much of it
+    MOTION = 44  # what a computed clip shows, and how it moves
     DISCRIMINATOR = 30  # how images are changed before a discriminator sees them
     TARGET_NOISE = 31  # how far from certain a discriminator's targets are
     LATENT = 50  # the sample of a posterior over latents

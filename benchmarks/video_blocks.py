@@ -5,9 +5,9 @@
     python benchmarks/video_blocks.py --blocks token,row,frame,16 --guided
 
 All rows are one network, but for the learned tokens before the first block, in one process, and the median of
-`--repeats` counts. The row `token` is next-token prediction at equal size, which the others are compared with. A model of
-texts or of given frames is made one of classes, so that each draws all tokens of its clips. What the tokenizer takes to
-decode them is the same for all, and told by itself; frames a second are without it, and with it.
+`--repeats` counts. The row `token` is next-token prediction at equal size, which the others are compared with. A
+model of texts or of given frames is made one of classes, so that each draws all tokens of its clips. What the
+tokenizer takes to decode them is the same for all, and told by itself; frames a second are without it, and with it.
 """
 
 import statistics

@@ -449,9 +449,9 @@ def test_random_starts_are_uniform_over_all_there_are() -> None:
     [
         ({"frames": 0}, "count from 1"),
         ({"stride": 0}, "count from 1"),
-        ({"start": "last"}, "start must be one of first, random, all; got 'last'"),
+        ({"start": "last"}, "start must be one of first, middle, random, even, all; got 'last'"),
         ({"short": "loop"}, "short must be refuse or skip"),
-        ({"per_video": 2}, "per_video=2 goes with start=random; got start=first"),
+        ({"per_video": 2}, "per_video=2 goes with start=random or even; got start=first"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:

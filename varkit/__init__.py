@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "AutoPipeline": "varkit.pipelines.auto",
     "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "ClassToVideoPipeline": "varkit.pipelines.class_to_video",
     "LlamaGen": "varkit.generators.llamagen",
     "MaskedSampler": "varkit.samplers.masked",
     "MultiScaleVQ": "varkit.tokenizers.multiscale_vq",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from varkit.pipelines.auto import AutoPipeline as AutoPipeline
     from varkit.pipelines.auto import create_pipeline as create_pipeline
     from varkit.pipelines.class_to_image import ClassToImagePipeline as ClassToImagePipeline
+    from varkit.pipelines.class_to_video import ClassToVideoPipeline as ClassToVideoPipeline
     from varkit.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from varkit.registry import create_model as create_model
     from varkit.registry import list_checkpoints as list_checkpoints

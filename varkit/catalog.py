@@ -1,4 +1,4 @@
-"""What there is to use: shipped models, released checkpoints, architectures, recipes, protocols of evaluation."""
+"""What there is to use: shipped models, released checkpoints, architectures, data sets, recipes, protocols."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 
 from varkit import registry
 from varkit.config import nearest
+
+DATA_SETS = {
+    "fashion-mnist": "images: 60,000 and 10,000 garments of 10 classes, grey, 28x28 (docs/data.md)",
+    "moving-fashion": "clips computed of it: one or two garments move and bounce, 30 classes (docs/video-data.md)",
+}
+"""Names that are data wherever a folder may be."""
 
 
 def _recipe_summary(path: Path) -> str:
@@ -31,6 +37,7 @@ def catalog(pattern: str = "*") -> dict[str, dict[str, str]]:
             for n in registry.list_checkpoints()
         },
         "architectures": {n: registry.model_entry(n).summary for n in registry.list_models()},
+        "data sets": DATA_SETS,
         "recipes": {n: _recipe_summary(p) for n, p in shipped_recipes().items()},
         "sweeps": {n: _recipe_summary(p) for n, p in shipped_sweeps().items()},
         "protocols": {n: _recipe_summary(p) for n, p in shipped_protocols().items()},
@@ -78,6 +85,8 @@ def describe(name: str) -> dict[str, Any]:
             model = entry.build()
         pair = {"tokenizer": entry.tokenizer} if entry.tokenizer else {}
         return {"name": name, "kind": entry.kind, "summary": entry.summary, **_part(model), **pair}
+    if name in DATA_SETS:
+        return {"name": name, "kind": "data set", "summary": DATA_SETS[name]}
     recipes = shipped_recipes()
     if name in recipes:
         values = recipe_values(load_recipe(name))

@@ -13,6 +13,7 @@ import typer
 
 import varkit
 from varkit.commands import bench as of_bench
+from varkit.commands import clips as of_clips
 from varkit.commands import control as of_control
 from varkit.commands import features as of_features
 from varkit.commands import latents as of_latents
@@ -53,9 +54,18 @@ app.command()(of_sample.sample)
 @refusing
 def reconstruct(
     name: Annotated[str, typer.Argument(help="A shipped model, a pipeline or tokenizer folder, or a released file.")],
-    images: Annotated[str, typer.Argument(help="Images: a folder, .npz, tars, hf:NAME or a named data set.")],
-    out: Annotated[Path, typer.Option(help="Folder for originals.png, reconstructions.png and metrics.json.")],
-    num: Annotated[int, typer.Option(min=1, help="How many images, from the first.")] = 64,
+    images: Annotated[
+        str,
+        typer.Argument(
+            help="Images: a folder, .npz, tars, hf:NAME or a named data set; videos for a tokenizer of clips."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder for originals.png, reconstructions.png (of videos NAME.mp4) and metrics.json.")
+    ],
+    num: Annotated[
+        int | None, typer.Option(min=1, help="How many, from the first. Default: 64 images, 8 videos.")
+    ] = None,
     mode: Annotated[str, typer.Option(help="How images get the model's size: center, squash or pad.")] = "center",
     split: Annotated[
         str | None, typer.Option(help="train, val or test. Default: test of a named data set, else the source itself.")
@@ -68,15 +78,35 @@ def reconstruct(
         float | None, typer.Option(help="... or the fewest of 1, 2, 4, ... that reach so many dB, image by image.")
     ] = None,
     lpips: Annotated[float | None, typer.Option(help="... or that come within this LPIPS (alex).")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Of each video: its first so many. Default: all.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="... every which frame. Default: 1.")] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="... of the files written: mp4, gif, webp, webm, ... Default: mp4.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Send images through a tokenizer and back; report PSNR, SSIM and the use of the codebook, scale by scale."""
-    from varkit.metrics.reconstruction import reconstruct_folder
+    """Send images through a tokenizer and back; report PSNR, SSIM and the use of the codebook, scale by scale.
 
+    With a tokenizer of clips: videos, window by window, with PSNR and SSIM of each frame.
+    """
+    from varkit.metrics.reconstruction import reconstruct_folder
+    from varkit.pipelines.auto import open_tokenizer
+
+    tokenizer = open_tokenizer(name)
+    if tokenizer.num_frames is not None:
+        if any(given is not None for given in (tokens, psnr, lpips)):
+            raise ValueError(f"--tokens, --psnr and --lpips are of images; {name} codes clips")
+        of_clips.reconstruct(
+            name, tokenizer, images, out, as_json, num=num or 8, mode=mode, split=split, root=root,
+            device=device, frames=frames, stride=stride or 1, file_format=file_format or "mp4"
+        )  # fmt: skip
+        return
+    if any(given is not None for given in (frames, stride, file_format)):
+        raise ValueError(f"--frames, --stride and --format are of videos; {name} codes images")
     result = reconstruct_folder(
-        name, images, out, num=num, mode=mode, split=split, root=root, device=device, tokens=tokens, target_psnr=psnr,
-        target_lpips=lpips
+        tokenizer, images, out, num=num or 64, mode=mode, split=split, root=root, device=device, tokens=tokens,
+        target_psnr=psnr, target_lpips=lpips
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(result))
@@ -219,16 +249,28 @@ def give(report: Any, out: Path | None, html: Path | None, as_json: bool) -> Non
 @data_app.command("check")
 @refusing
 def data_check(
-    source: Annotated[str, typer.Argument(help="A folder, .npz, .npy or IDX file, tars, hf:NAME or a named data set.")],
-    workers: Annotated[int, typer.Option(min=0, help="Threads that decode images.")] = 0,
+    source: Annotated[
+        str, typer.Argument(help="A folder, .npz, .npy or IDX file, tars, hf:NAME, videos, or a named data set.")
+    ],
+    workers: Annotated[int, typer.Option(min=0, help="Threads that decode images or videos.")] = 0,
     split: Annotated[str, typer.Option(help="train, val or test, where the source has splits.")] = "train",
     root: Annotated[str | None, typer.Option(help="Where a named data set lies.")] = None,
+    videos: Annotated[
+        bool,
+        typer.Option("--videos", help="Also where there are images: their folders are videos, one frame each."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every image; report classes, counts, sizes and broken files. Exit code 1 if any is broken."""
-    from varkit.data.check import check_images
+    """Read every image or video; report classes, counts, sizes and broken files. Exit code 1 if any is broken."""
+    from varkit.data.check import DataReport, check_images
+    from varkit.data.check_clips import ClipReport, is_video_source
 
-    report = check_images(source, workers=workers, split=split, root=root, progress=sys.stderr.isatty() and not as_json)
+    report: DataReport | ClipReport
+    if videos or is_video_source(source):
+        report = of_clips.check(source, workers, split, root, as_json)
+    else:
+        bar = sys.stderr.isatty() and not as_json
+        report = check_images(source, workers=workers, split=split, root=root, progress=bar)
     typer.echo(json.dumps(report.to_dict()) if as_json else "\n".join(report.lines()))
     if report.broken:
         raise typer.Exit(1)
@@ -245,6 +287,9 @@ def data_fashion(
 
     counts = prepare_fashion_mnist(out, root)
     typer.echo(f"wrote {', '.join(f'{split}.npz ({n} images)' for split, n in counts.items())} into {out}")
+
+
+data_app.command("moving-fashion")(of_clips.moving_fashion)
 
 
 @data_app.command("emoji")
@@ -269,7 +314,7 @@ def data_emoji(
 @refusing
 def tokenize(
     name: Annotated[str, typer.Argument(help="A tokenizer: a shipped model, a folder, a released checkpoint or file.")],
-    data: Annotated[str, typer.Argument(help="Images: whatever `varkit data check` reads.")],
+    data: Annotated[str, typer.Argument(help="Images, or videos: whatever `varkit data check` reads.")],
     out: Annotated[Path, typer.Option(help="Folder for the token files; an unfinished one is gone on with.")],
     split: Annotated[str, typer.Option(help="train, val, validation or test.")] = "train",
     mode: Annotated[
@@ -281,6 +326,11 @@ def tokenize(
     ] = None,
     crops: Annotated[int, typer.Option(help="1, or 10: corners, middle and their mirror images.")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="Also code each mirror image.")] = False,
+    clips: Annotated[
+        int, typer.Option(min=1, help="Of each video: clips, evenly over it; 1 is that in the middle.")
+    ] = 1,
+    stride: Annotated[int, typer.Option(min=1, help="... every which frame.")] = 1,
+    fps: Annotated[float | None, typer.Option(help="... instead: about so many frames a second.")] = None,
     moments: Annotated[
         bool, typer.Option("--moments", help="Of latents: store mean and spread, so that training draws anew.")
     ] = False,
@@ -297,7 +347,7 @@ def tokenize(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Code a set of images once, for training from token files. Run it again to go on after a stop."""
+    """Code a set of images or videos once, for training from token files. Run it again to go on after a stop."""
     from dataclasses import asdict
 
     import torch
@@ -309,7 +359,15 @@ def tokenize(
 
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
-    views = Views(mode=mode, enlarge=tuple(enlarge or [1.1 if crops == 10 else 1.0]), crops=crops, flip=flip)  # type: ignore[arg-type]
+    views = Views(
+        mode=mode,  # type: ignore[arg-type]
+        enlarge=tuple(enlarge or [1.1 if crops == 10 else 1.0]),
+        crops=crops,
+        flip=flip,
+        clips=clips,
+        stride=stride,
+        fps=fps,
+    )
     state = launched(device)
     began = time.perf_counter()
     tokenizer = open_tokenizer(name, image_size=image_size).eval().to(state.device)
@@ -334,15 +392,17 @@ def tokenize(
     seconds = time.perf_counter() - began
     if state.is_main_process:
         found = None if tokenizer.layout.codebook_size is not None else CodeSet(out).statistics
+        names = views.names if tokenizer.num_frames is None else views.clip_names(tokenizer.num_frames)
+        what = "images" if tokenizer.num_frames is None else "videos"
         if as_json:
-            told = {**result._asdict(), "folder": str(out), "views": views.names, "seconds": seconds}
+            told = {**result._asdict(), "folder": str(out), "views": names, "seconds": seconds}
             typer.echo(json.dumps(told if found is None else {**told, "latents": asdict(found)}))
         else:
             lost = f", {result.skipped} unreadable and left out" if result.skipped else ""
             whose = "" if state.num_processes == 1 else " by this process"
             typer.echo(
-                f"wrote {out}: {result.made} images{whose} in {seconds:.1f} s, {result.there} were there{lost}; "
-                f"{len(views.names)} view{'s' if len(views.names) > 1 else ''} each"
+                f"wrote {out}: {result.made} {what}{whose} in {seconds:.1f} s, {result.there} were there{lost}; "
+                f"{len(names)} view{'s' if len(names) > 1 else ''} each"
             )
             if found is not None:
                 typer.echo(f"latents: {found}")
@@ -466,11 +526,15 @@ def convert(
         int | None,
         typer.Option(min=1, help="Tokens a side, where neither keys nor the file's name tell: 24 for 384 px."),
     ] = None,
+    class_texts: Annotated[
+        Path | None, typer.Option(help="Of NBP's files of UCF-101: JSON with the ids of each class's text.")
+    ] = None,
 ) -> None:
     """Released files <-> the diffusers folder format."""
     from varkit.checkpoints.convert import convert as run
 
-    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype, grid=grid):
+    options: dict[str, Any] = {"part": part, "dtype": dtype, "grid": grid, "class_texts": class_texts}
+    for line in run(source, to, tokenizer=tokenizer, **options):
         typer.echo(line)
 
 
@@ -515,7 +579,7 @@ def list_(
     pattern: Annotated[str, typer.Argument(help="A shell pattern, such as 'var*'.")] = "*",
     as_json: Json = False,
 ) -> None:
-    """Shipped models, released checkpoints, architectures and recipes."""
+    """Shipped models, released checkpoints, architectures, data sets and recipes."""
     from varkit.catalog import catalog
 
     found = catalog(pattern)

@@ -405,6 +405,9 @@ class Objective(nn.Module, ABC):
     num_frames: int | None = None
     """Frames of the clips it takes, in `images`, (B, 3, num_frames, H, W). None: it takes images."""
 
+    columns: int | None = None
+    """Of the sample grid; None: 10 where that divides the pictures, else 8."""
+
     max_steps: int
     """Steps of the whole run; the loop sets it before training starts."""
 
@@ -497,7 +500,7 @@ class Objective(nn.Module, ABC):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor | None:
-        """(N, 3, H, W) in [-1, 1] for the sample grid, rows of 8; None when there is nothing to show."""
+        """(N, 3, H, W) in [-1, 1] for the sample grid, rows of `columns`; None when there is nothing to show."""
         return None
 
     @abstractmethod

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 METADATA_KEY = "varkit"
+DESCRIPTION = 0x010E
+"""EXIF's ImageDescription, where an animated WebP has its settings."""
+VIDEO_TAGS = (".mp4", ".mov", ".mkv", ".avi", ".webm")
+"""Files whose settings are in a tag, `comment`."""
+
+TITLE = 10
+"""Pixels of the letters over or under a clip."""
+
+SHOWN_FRAMES = 8
+"""Frames of a clip that are shown in a row."""
 
 UInt8Rule = Literal["round", "llamagen", "mar", "titok_sample", "titok_eval", "adm", "var", "save_image"]
 
@@ -70,6 +82,54 @@ def grid(images: Sequence[Image.Image], columns: int, zoom: int = 1) -> Image.Im
     return sheet
 
 
+def titled_grids(
+    clips: Sequence[Sequence[Image.Image]], titles: Sequence[str], columns: int, zoom: int = 1
+) -> Iterator[Image.Image]:
+    """Clips of one size and length in rows, each over its title: one picture a frame, of even sides, as codecs want.
+
+    Titles are broken between words where a clip is too narrow for them.
+    """
+    font = ImageFont.load_default(TITLE)
+    width, height = (side * zoom for side in clips[0][0].size)
+    words = [word for title in titles for word in title.split()]
+    cell = max(width, *(math.ceil(font.getlength(word)) for word in words))
+    lines = [_broken(title, cell, font) for title in titles]
+    below = max(map(len, lines)) * (TITLE + 2) + 2
+    rows = -(-len(clips) // columns)
+    size = (columns * (cell + 4) + 4, rows * (height + below + 4) + 4)
+    empty = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), "white")
+    draw = ImageDraw.Draw(empty)
+    corners = [(4 + i % columns * (cell + 4), 4 + i // columns * (height + below + 4)) for i in range(len(clips))]
+    for (left, top), title in zip(corners, lines, strict=True):
+        for k, line in enumerate(title):
+            middle = left + cell / 2
+            draw.text((middle, top + height + 2 + k * (TITLE + 2)), line, "black", font, anchor="ma")
+    for frames in zip(*clips, strict=True):
+        sheet = empty.copy()
+        for (left, top), frame in zip(corners, frames, strict=True):
+            shown = frame.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(shown, (left + (cell - width) // 2, top))
+        yield sheet
+
+
+def _broken(title: str, width: int, font: Any) -> list[str]:
+    """A title in lines that are no wider, but for single words."""
+    lines = [""]
+    for word in title.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def rows_of_frames(clips: Tensor, count: int) -> Tensor:
+    """(B, 3, T, H, W) -> (B * count, 3, H, W): of each clip the first frame, the last, and others evenly between."""
+    which = torch.linspace(0, clips.shape[2] - 1, count).round().long().to(clips.device)
+    return clips[:, :, which].transpose(1, 2).flatten(0, 1)
+
+
 def columns_for(num: int, classes: int) -> int:
     """One column a class where that makes full rows of at most 16, else about a square."""
     return classes if 1 < classes <= 16 and num >= classes else min(num, max(1, round(num**0.5)), 16)
@@ -87,16 +147,53 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = N
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that `save_png` wrote. Raises ValueError when there are none."""
-    with Image.open(path) as image:
-        text = getattr(image, "text", {}).get(METADATA_KEY)
-    if text is None:
+    """The settings that `save_png`, or `varkit.data.video.write_video`, wrote.
+
+    Raises: ValueError when there are none; ImportError without PyAV, for a video that Pillow does not open.
+    """
+    path = Path(path)
+    if path.suffix.lower() in VIDEO_TAGS:
+        settings = _settings_of(_video_comment(path))
+    else:
+        with Image.open(path) as image:
+            if image.format in ("GIF", "WEBP"):
+                found = image.info.get("comment") if image.format == "GIF" else image.getexif().get(DESCRIPTION)
+                settings = _settings_of(found)
+            else:
+                text = getattr(image, "text", {}).get(METADATA_KEY)
+                settings = None if text is None else json.loads(text)
+    if not settings:
         raise ValueError(f"{path} carries no varkit settings")
-    return json.loads(text)
+    return settings
 
 
-def save_npz(images: Sequence[Image.Image], labels: Sequence[int], path: Path) -> None:
-    """The layout of the ADM evaluator: `arr_0` uint8 (N, H, W, 3); and `arr_1`, the classes. Atomic."""
+def _settings_of(comment: str | bytes | None) -> dict[str, Any] | None:
+    """The settings in a comment; None where it is another program's, or there is none."""
+    try:
+        found = json.loads(comment or "")
+    except ValueError:
+        return None
+    settings = found.get(METADATA_KEY) if isinstance(found, dict) else None
+    return settings if isinstance(settings, dict) else None
+
+
+def _video_comment(path: Path) -> str | None:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError('reading video files needs PyAV: pip install "varkit[video]"') from error
+    try:
+        with av.open(str(path)) as container:
+            return {key.lower(): value for key, value in container.metadata.items()}.get("comment")
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} cannot be read as a video: {error.strerror}") from error
+
+
+def save_npz(images: Sequence[Image.Image | np.ndarray], labels: Sequence[int], path: Path) -> None:
+    """The layout of the ADM evaluator: `arr_0` uint8 (N, H, W, 3), of clips (N, T, H, W, 3); and `arr_1`, the classes.
+
+    Atomic.
+    """
     part = path.with_name(f".{path.name}.part")
     path.parent.mkdir(parents=True, exist_ok=True)
     with part.open("wb") as file:

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,19 @@ from torch import Tensor, nn
 
 from varkit.checkpoints.formats import StateDict, format_of_model, format_of_state
 from varkit.registry import checkpoint, list_checkpoints
+
+WRAPPERS = (
+    "ema",
+    "model_ema",
+    "model",
+    "module",
+    "model_state_dict",
+    "state_dict",
+    "trainer",
+    "ema_parameters",
+    "var_wo_ddp",
+    "sd",
+)
 
 
 def read_state_dict(path: str | Path) -> StateDict:
@@ -38,12 +52,15 @@ def read_state_dict(path: str | Path) -> StateDict:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} cannot be read as a file of plain tensors: {first}") from None
     # Wrappers that training scripts put around the weights; an average is what a release is judged by.
-    for key in ("ema", "model_ema", "model", "module", "state_dict", "trainer", "ema_parameters", "var_wo_ddp"):
+    for key in WRAPPERS:
         if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{path} holds no state dict (a mapping of names to tensors)")
-    return dict(data)
+    parallel = bool(data) and all(
+        key.startswith("module.") for key in data
+    )  # saved from within DistributedDataParallel
+    return {key.removeprefix("module."): value for key, value in data.items()} if parallel else dict(data)
 
 
 def load_strictly(model: nn.Module, state: StateDict, what: str) -> None:
@@ -86,6 +103,9 @@ def load_official(path: str | Path, **overrides: Any) -> nn.Module:
     for name, value in kind.settings(Path(path)).items():
         nested = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
         arguments[name] = {**arguments[name], **value} if nested else value
+    unknown = sorted(overrides.keys() - signature(kind.model_class().__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"{path} is a file of {kind.name}, which has no {', '.join(unknown)}")
     return build_official(state, str(path), **{**arguments, **overrides})
 
 
@@ -114,5 +134,5 @@ def write_official(model: nn.Module, path: Path) -> None:
 
         save_file(to_official(model), part)
     else:
-        torch.save(to_official(model), part)
+        torch.save(format_of_model(model).wrapped(to_official(model)), part)
     os.replace(part, path)

@@ -49,6 +49,7 @@ class OfficialFormat:
         settings: further constructor arguments, written in the file or beside it: they win over those of the shapes,
             a mapping argument entry by entry.
         from_official, to_official: state dict and model -> state dict, in both directions.
+        wrapped: what a `.pth` file of the release holds around the state dict.
         sampling: settings of the generator's sampler that the release recommends, for all sizes or by model; empty for
             tokenizers.
         condition: of generators, what it is conditioned on, where one class serves several.
@@ -63,6 +64,7 @@ class OfficialFormat:
     release: Release
     from_official: Callable[[StateDict, Any], StateDict] = _unchanged
     to_official: Callable[[StateDict, Any], StateDict] = _unchanged
+    wrapped: Callable[[StateDict], dict[str, Any]] = dict
     sampling: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]] = field(default_factory=dict)
     condition: str | None = None
     control: bool = False

@@ -12,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from varkit import __version__
-from varkit.commands import editing, steering
+from varkit.commands import editing, steering, video
 from varkit.commands.common import Device, Dtype, Json, numbers, open_pipeline, refusing, say
 from varkit.commands.features import features_of
 
 
 @refusing
 def sample(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="A shipped model, a saved folder, a checkpoint or a hub repository.")],
     classes: Annotated[
         str | None, typer.Option("--class", help="Class ids or names, separated by commas; cycled. Default: all.")
@@ -114,9 +115,19 @@ def sample(
     draft: Annotated[
         str | None, typer.Option(help="A smaller model of the same tokens, for --sampler cspd (MAR) or little.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="FILE.png: a grid; FOLDER/: single images; FILE.npz: ADM layout.")] = Path(
-        "grid.png"
-    ),
+    fps: video.Fps = 8.0,
+    frames: video.NumFrames = None,
+    continued: video.Continued = None,
+    given: video.Given = None,
+    context_frames: video.Context = None,
+    file_format: video.Format = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="FILE.png: a grid, of clips a film strip each; FOLDER/: single files; FILE.npz: ADM layout; clips "
+            "also as .mp4, .gif, .webp, .webm."
+        ),
+    ] = Path("grid.png"),
     batch_size: Annotated[int, typer.Option(min=1, help="Images made at once.")] = 16,
     zoom: Annotated[int, typer.Option(min=1, max=16, help="Draw each pixel this often in a grid.")] = 1,
     optimize: Annotated[
@@ -126,26 +137,20 @@ def sample(
     dtype: Dtype = "float32",
     as_json: Json = False,
 ) -> None:
-    """Generate images. Each carries its settings as PNG metadata."""
-    if out.suffix not in (".png", ".npz", ""):
-        raise ValueError(f"--out {out} must end in .png (a grid), .npz, or be a folder")
+    """Generate images or clips. Each carries its settings in the file's metadata."""
+    if out.suffix not in (".png", ".npz", "", *video.ENDINGS):
+        raise ValueError(
+            f"--out {out} must end in .png (a grid), .npz, or be a folder; of clips {', '.join(video.ENDINGS)}"
+        )
     from varkit.pipelines.base import generate, speculation, told
     from varkit.samplers.speculative.names import with_draft
 
     pipeline = open_pipeline(name, device, dtype)
     if optimize:
         pipeline.optimize_decoding()
-    how_edited = {"box": box, "keep": keep, "extend": extend, "strength": strength, "threshold": threshold, "fit": fit}
-    edit = editing.EditCommand(pipeline, image, mask, {**how_edited, "paste_back": paste_back, "feather": feather})
-    sized = editing.size_of(size)
-    pipeline.at_size(**sized)  # refused before anything is announced
-    steer = steering.ControlCommand(pipeline, name, control, control_strength, extract, sized, edit.on)
-    ids, draw = wanted(pipeline, name, classes, prompt, negative_prompt, features, edit.on)
-    num = num or len(ids)
-    extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
-    extra |= sized
+    draws_clips = video.draws_clips(pipeline, name, context, out)
     first, last = head_steps_of(head_steps, head_steps_last)
-    given = {
+    asked = {
         "guidance_scale": guidance,
         "guidance_schedule": schedule,
         "guidance_power": guidance_power,
@@ -165,16 +170,28 @@ def sample(
         "solver": solver,
     }
     sampler = next(iter(with_draft([sampler] if sampler else [], draft)), None)
+    if draws_clips:
+        video.sample_clips(pipeline, name, {**context.params, "sampler": sampler}, asked, as_json)
+        return
+    how_edited = {"box": box, "keep": keep, "extend": extend, "strength": strength, "threshold": threshold, "fit": fit}
+    edit = editing.EditCommand(pipeline, image, mask, {**how_edited, "paste_back": paste_back, "feather": feather})
+    sized = editing.size_of(size)
+    pipeline.at_size(**sized)  # refused before anything is announced
+    steer = steering.ControlCommand(pipeline, name, control, control_strength, extract, sized, edit.on)
+    ids, draw = wanted(pipeline, name, classes, prompt, negative_prompt, features, edit.on)
+    num = num or len(ids)
+    extra: dict[str, Any] = {"negative_prompt": negative_prompt} if negative_prompt else {}
+    extra |= sized
     chosen, took = pipeline.choose_sampler(sampler, min(batch_size, num)), list[dict[str, Any]]()
-    settings = chosen.settings(**pipeline.check_settings({**given, "num_steps": steps}, chosen))
+    settings = chosen.settings(**pipeline.check_settings({**asked, "num_steps": steps}, chosen))
     judged = Judged(pipeline, edit.instead_of(draw), ids, best_of, classifier, accept)
     say(
         f"{name}: {num} images, seed {seed}, guidance {settings['guidance_scale']:g} "
         f"({settings['guidance_schedule']}){judged.text}, {dtype} on {pipeline.device}"
     )
     began, maps = time.perf_counter(), steer.save(out)
-    given |= {"sampler": chosen, "num_inference_steps": steps, **steer.given}
-    made = generate(judged, ids, num, seed, min(batch_size, num), took, **given, **extra)
+    asked |= {"sampler": chosen, "num_inference_steps": steps, **steer.given}
+    made = generate(judged, ids, num, seed, min(batch_size, num), took, **asked, **extra)
     how = {"sampler": sampler} if sampler else {}
     record = {"model": name, "seed": seed, "dtype": dtype, **how, **settings, **extra, **judged.record, **edit.record}
     record |= {**steer.record, "version": __version__}

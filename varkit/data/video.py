@@ -35,6 +35,7 @@ from varkit.config import nearest
 from varkit.data.images import EXTENSIONS
 from varkit.data.npz import map_npz
 from varkit.data.transforms import reason_of, to_rgb
+from varkit.data.video_tags import WebPVideo, add_gif_comment, as_text, write_webp
 from varkit.rng import Draw, Rng
 
 log = logging.getLogger("varkit.data")
@@ -42,11 +43,11 @@ log = logging.getLogger("varkit.data")
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".gif")
 ALLOWED = (
     f"a folder of videos ({', '.join(VIDEO_EXTENSIONS)}), a folder of folders of frames ({', '.join(EXTENSIONS)}), "
-    "one video, or a .npz or .npy of uint8 (N, T, H, W, 3)"
+    "one video (also an animated .webp), or a .npz or .npy of uint8 (N, T, H, W, 3)"
 )
 
 Clip = npt.NDArray[np.uint8]  # T H W 3
-Start = Literal["first", "random", "all"]
+Start = Literal["first", "middle", "random", "even", "all"]
 Quantize = Literal["none", "truncate"]
 
 INDEXED_FORMATS = ("mov", "matroska")
@@ -77,6 +78,10 @@ class Video(Protocol):
     """One video of a set."""
 
     def info(self) -> VideoInfo: ...
+
+    def rate(self) -> float | None:
+        """Frames a second; None where nothing says."""
+        ...
 
     def read(self, frames: int, stride: int, start: int) -> Clip:
         """The frames start, start + stride, ...; the caller has checked that they exist by `info`."""
@@ -128,6 +133,12 @@ class VideoFile:
                     frames = sum(1 for _ in container.decode(stream))
                 self._info = VideoInfo(frames, context.height, context.width)
         return self._info
+
+    def rate(self) -> float | None:
+        """As the container gives it, or else as its first times are apart."""
+        with _opened(self.path) as (_, stream):
+            rate = stream.average_rate or stream.guessed_rate
+        return float(rate) if rate else None
 
     def read(self, frames: int, stride: int, start: int) -> Clip:
         """The same frames as decoding from the beginning gives; a keyframe before `start` is used where it is safe.
@@ -192,6 +203,13 @@ class VideoFile:
         return None if pts == shown[0] else (pts if dts is None else dts, target)
 
 
+class WebPFile(WebPVideo):
+    """An animated WebP as a `Video`."""
+
+    def info(self) -> VideoInfo:
+        return VideoInfo(*super().info())
+
+
 class FrameFolder:
     """A folder of images, one a frame, in the order of their names; numbers in names count as numbers."""
 
@@ -204,6 +222,9 @@ class FrameFolder:
         if self._info is None:
             self._info = VideoInfo(len(self.files), *self._frame(0).shape[:2])
         return self._info
+
+    def rate(self) -> float | None:
+        return None
 
     def read(self, frames: int, stride: int, start: int) -> Clip:
         pixels = [self._frame(start + k * stride) for k in range(frames)]
@@ -233,6 +254,9 @@ class ArrayVideo:
     def info(self) -> VideoInfo:
         return VideoInfo(*self.array.shape[:3])
 
+    def rate(self) -> float | None:
+        return None
+
     def read(self, frames: int, stride: int, start: int) -> Clip:
         cut = self.array[start : start + (frames - 1) * stride + 1 : stride]
         return np.array(np.broadcast_to(cut, (*cut.shape[:3], 3)))
@@ -258,6 +282,10 @@ class VideoSet:
         """Height and width of a video. Raises: as `num_frames`."""
         return self.videos[index].info()[1:]
 
+    def rate(self, index: int) -> float | None:
+        """Frames a second of a video; None where nothing says. Raises: as `num_frames`."""
+        return self.videos[index].rate()
+
     def clip(self, index: int, frames: int, stride: int = 1, start: int = 0) -> Tensor:
         """The frames start, start + stride, ... of a video: uint8 (T, H, W, 3).
 
@@ -279,7 +307,7 @@ def open_videos(source: str | Path | Tensor | npt.NDArray[np.uint8]) -> VideoSet
         source: one of
             - a folder of video files, at any depth, in the order of their paths; images beside them are left out;
             - a folder of folders of frames: every folder that holds images is a video;
-            - one video file;
+            - one video file, or an animated .webp (in folders .webp files are images);
             - .npz (arr_0, or its only array) or .npy: uint8 (N, T, H, W, 3), or with one channel for grey;
             - such an array or tensor.
     Raises: FileNotFoundError; ValueError that says what was found and what is allowed; ImportError without PyAV.
@@ -296,6 +324,8 @@ def open_videos(source: str | Path | Tensor | npt.NDArray[np.uint8]) -> VideoSet
         return _folder_set(path)
     if path.suffix.lower() in (".npz", ".npy"):
         return _array_set(_read_array(path), str(path))
+    if path.suffix.lower() == ".webp":
+        return VideoSet([WebPFile(path)], [str(path)], str(source))
     if path.suffix.lower() not in VIDEO_EXTENSIONS:
         raise ValueError(f"{source} is no video by its name; allowed: {ALLOWED}")
     _av()
@@ -369,9 +399,10 @@ class ClipRule:
     frames: int = 16
     stride: int = 1
     start: Start = "first"
-    """first: the first window.  random: windows drawn uniformly from all there are.  all: windows side by side."""
+    """first: the first window.  middle: the one in the middle, the earlier of two.  random: windows drawn uniformly
+    from all there are.  even: windows from the first to the last, equally far apart.  all: windows side by side."""
     per_video: int = 1
-    """Clips drawn from each video; only with `random`."""
+    """Clips of each video; only with `random`, and with `even`, where one is that in the middle."""
     short: Literal["refuse", "skip"] = "refuse"
     """What becomes of a video shorter than a window: an error that names it, or it is left out and counted."""
     seed: int = 0
@@ -386,8 +417,8 @@ class ClipRule:
             raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {self.start!r}")
         if self.short not in ("refuse", "skip"):
             raise ValueError(f"short must be refuse or skip; got {self.short!r}")
-        if self.per_video > 1 and self.start != "random":
-            raise ValueError(f"per_video={self.per_video} goes with start=random; got start={self.start}")
+        if self.per_video > 1 and self.start not in ("random", "even"):
+            raise ValueError(f"per_video={self.per_video} goes with start=random or even; got start={self.start}")
 
     @property
     def window(self) -> int:
@@ -399,6 +430,11 @@ class ClipRule:
         places = [max(n - self.window + 1, 0) for n in num_frames]
         if self.start == "first":
             return [[0] if n else [] for n in places]
+        if self.start == "middle" or (self.start == "even" and self.per_video == 1):
+            return [[(n - 1) // 2] if n else [] for n in places]
+        if self.start == "even":
+            last = self.per_video - 1
+            return [[k * (n - 1) // last for k in range(last + 1)] if n else [] for n in places]
         if self.start == "all":
             return [list(range(0, n, self.window)) for n in places]
         rng = Rng.for_keys(self.seed, torch.tensor(indices))
@@ -578,42 +614,72 @@ WRITERS: dict[str, tuple[str, tuple[tuple[str, dict[str, str]], ...]]] = {
 """Ending -> container, and codecs with their settings, best first; which of them there are, PyAV's build decides."""
 
 
-def write_video(frames: Tensor | Clip, path: str | Path, fps: float = 8) -> None:
-    """Write a clip, atomically. All formats lose something, which raises an FVD: score arrays instead.
+def write_video(
+    frames: Tensor | Clip,
+    path: str | Path,
+    fps: float = 8,
+    settings: dict[str, Any] | None = None,
+    lossless: bool = False,
+) -> None:
+    """Write a clip, atomically. All formats but lossless .webp lose something, which raises an FVD: score arrays.
 
     Args:
         frames: uint8 (T, H, W, 3).
-        path: ending in .mp4, .mov, .mkv, .avi, .webm or .gif. Folders are made.
+        path: ending in .mp4, .mov, .mkv, .avi, .webm, .gif or .webp (an animation). Folders are made.
         fps: frames a second; at most 50 for .gif, whose clock counts hundredths of a second.
+        settings: plain data that the file carries, as a comment; `varkit.pictures.read_settings` gives them back.
+        lossless: of .webp: every pixel is kept.
     Raises: ValueError for another ending, dtype, shape or rate; ImportError without PyAV.
     """
     path, array = Path(path), np.asarray(frames)
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
-        raise ValueError(f"a video is uint8 (T, H, W, 3); got {array.dtype} {array.shape}")
-    if path.suffix.lower() not in WRITERS:
-        raise ValueError(f"{path} has no ending that can be written; allowed: {', '.join(WRITERS)}")
-    if not 0 < fps <= (50 if path.suffix.lower() == ".gif" else 1000):
-        raise ValueError(f"fps must be in (0, 1000], for .gif in (0, 50]; got {fps}")
-    av = _av()
-    container_format, codecs = WRITERS[path.suffix.lower()]
-    codec, options = next((c for c in codecs if c[0] in av.codecs_available), codecs[0])
-    rate = Fraction(fps).limit_denominator(1001)
+    check_video(array, path, fps, lossless)
+    ending = path.suffix.lower()
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with av.open(str(part), "w", format=container_format) as container:
-            stream = container.add_stream(codec, rate=rate, options=options)
-            stream.height, stream.width = array.shape[1:3]
-            odd = codec == "libx264" and (stream.height % 2 or stream.width % 2)
-            stream.pix_fmt = "pal8" if codec == "gif" else "yuv444p" if odd else "yuv420p"
-            pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(a), format="rgb24") for a in array)
-            for number, picture in enumerate(pictures if codec != "gif" else _with_palette(pictures, array.shape)):
-                picture.pts, picture.time_base = number, 1 / rate
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode(None))
+        if ending == ".webp":
+            write_webp(array, part, fps, settings, lossless)
+        else:
+            _encode(array, part, ending, fps, None if settings is None else as_text(settings))
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_video(array: Clip, path: Path, fps: float, lossless: bool = False) -> None:
+    """What `write_video` refuses, without writing. Raises as it does."""
+    ending = path.suffix.lower()
+    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[-1] != 3 or not array.size:
+        raise ValueError(f"a video is uint8 (T, H, W, 3); got {array.dtype} {array.shape}")
+    if ending != ".webp" and ending not in WRITERS:
+        raise ValueError(f"{path} has no ending that can be written; allowed: {', '.join(WRITERS)}, .webp")
+    if lossless and ending != ".webp":
+        raise ValueError(f"lossless goes with .webp; got {path.name}. Arrays (.npy, .npz) lose nothing either")
+    if not 0 < fps <= (50 if ending == ".gif" else 1000):
+        raise ValueError(f"fps must be in (0, 1000], for .gif in (0, 50]; got {fps}")
+    if ending != ".webp":
+        _av()
+
+
+def _encode(array: Clip, part: Path, ending: str, fps: float, comment: str | None) -> None:
+    av = _av()
+    container_format, codecs = WRITERS[ending]
+    codec, options = next((c for c in codecs if c[0] in av.codecs_available), codecs[0])
+    rate = Fraction(fps).limit_denominator(1001)
+    with av.open(str(part), "w", format=container_format) as container:
+        if comment is not None and codec != "gif":
+            container.metadata["comment"] = comment
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width = array.shape[1:3]
+        odd = codec == "libx264" and (stream.height % 2 or stream.width % 2)
+        stream.pix_fmt = "pal8" if codec == "gif" else "yuv444p" if odd else "yuv420p"
+        pictures = (av.VideoFrame.from_ndarray(np.ascontiguousarray(a), format="rgb24") for a in array)
+        for number, picture in enumerate(pictures if codec != "gif" else _with_palette(pictures, array.shape)):
+            picture.pts, picture.time_base = number, 1 / rate
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    if comment is not None and codec == "gif":
+        add_gif_comment(part, comment)
 
 
 def _with_palette(pictures: Iterator[Any], shape: tuple[int, ...]) -> Iterator[Any]:

@@ -330,7 +330,7 @@ def reconstruction_curve(
 
 
 def reconstruct_folder(
-    name: str,
+    tokenizer: Any,
     source: str,
     out: Path,
     *,
@@ -348,6 +348,7 @@ def reconstruct_folder(
     LPIPS (alex) is in the report where its weights are found; nothing is downloaded.
 
     Args:
+        tokenizer: of images, or a name that `open_tokenizer` takes.
         split: None is the test split of a named data set, and anything else itself.
         tokens: of a tokenizer of flexible length: decode the first so many of each image.
         target_psnr, target_lpips: ... or as few of 1, 2, 4, ... as reach it, image by image. One of the three at most.
@@ -359,7 +360,7 @@ def reconstruct_folder(
     from varkit.pipelines.auto import best_device, open_tokenizer
 
     dataset = open_images(source, split=split or ("test" if source in DATASETS else "train"), root=root)
-    tokenizer = open_tokenizer(name).eval()
+    tokenizer = (open_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer).eval()
     dataset.transform = ImageTransform(tokenizer.image_size, mode=mode, enlarge=1.0)  # type: ignore[arg-type]
     where = best_device() if device == "auto" else torch.device(device)
     tokenizer.to(where)

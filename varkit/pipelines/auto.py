@@ -6,7 +6,7 @@ import json
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -22,6 +22,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_down
 
 PIPELINES = {
     "ClassToImagePipeline": "varkit.pipelines.class_to_image",
+    "ClassToVideoPipeline": "varkit.pipelines.class_to_video",
     "DistilledPipeline": "varkit.pipelines.distilled",
     "TextToImagePipeline": "varkit.pipelines.text_to_image",
 }
@@ -144,6 +145,33 @@ def open_tokenizer(name: str, *, image_size: int | None = None, **overrides: Any
     return tokenizer
 
 
+def tokenizer_frames(name: str) -> int | None:
+    """Frames of the clips that the tokenizer of that name codes, None for one of images; weights of folders are not
+    read.
+
+    Raises: as `open_tokenizer`.
+    """
+    if name in registry.list_checkpoints():
+        with torch.device("meta"):
+            return getattr(registry.model_entry(registry.checkpoint(name).builder).build(), "num_frames", None)
+    folder = find_folder(name)
+    folder = Path(name) if folder is None else _part_of(folder, "image_tokenizer")
+    if not (folder / "config.json").is_file():
+        return cast("int | None", open_tokenizer(name).num_frames)
+    written = json.loads((folder / "config.json").read_text())
+    kind = OF_DIFFUSERS.get(written.get("_class_name", ""), written.get("_class_name", ""))
+    try:
+        saved = registry.model_class(kind)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    if not issubclass(saved, Tokenizer):
+        raise ValueError(f"{folder} holds a {saved.__name__}, not a {Tokenizer.__name__}")
+    if kind != written["_class_name"]:
+        return None
+    with torch.device("meta"):
+        return cast("int | None", saved.from_config(written).num_frames)  # type: ignore[attr-defined]
+
+
 def open_transformer(name: str, kind: type[Any], **overrides: Any) -> tuple[Any, dict[int, str]]:
     """The generator of a shipped model or pipeline, a generator's folder, a released checkpoint or its file, or of a
     hub repository (`user/name`) that holds a pipeline or a generator.
@@ -245,17 +273,24 @@ def create_pipeline(name: str, **overrides: Any) -> Any:
 
 
 def assemble(transformer: Any, tokenizer: Any, sampling: dict[str, Any]) -> Any:
-    """A pipeline of its own kind around a generator or a student. `sampling`: settings of the sampler that it names."""
+    """A pipeline of its own kind around a generator or a student, of images or, by the tokenizer, of clips.
+
+    Args: sampling: settings of the sampler that the generator names.
+    """
     from varkit.generators.distilled import Student
     from varkit.pipelines.class_to_image import ClassToImagePipeline
+    from varkit.pipelines.class_to_video import ClassToVideoPipeline
     from varkit.pipelines.distilled import DistilledPipeline
     from varkit.pipelines.text_to_image import TextToImagePipeline
 
     sampler = getattr(import_module(SAMPLERS[transformer.sampler]), transformer.sampler)
+    tokenizer = transformer.tokenizer_for(tokenizer)
     kind = TextToImagePipeline if transformer.condition == "text" else ClassToImagePipeline
     if isinstance(transformer, Student):
         kind = DistilledPipeline
-    return kind(transformer, transformer.tokenizer_for(tokenizer), sampler(**sampling))
+    elif tokenizer.num_frames is not None:
+        kind = ClassToVideoPipeline
+    return kind(transformer, tokenizer, sampler(**sampling))
 
 
 def _download(card: registry.Checkpoint) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,17 @@ from torch import Tensor, nn
 
 from varkit.conditioning.control import Controls, Strength
 from varkit.conditioning.label import LabelCondition
-from varkit.config import nearest
 from varkit.interfaces import Cond
 from varkit.pipelines.base import ImageOutput, ImagePipeline, StepCallback, as_output, make_rng
 from varkit.pipelines.best_of import BestOf, Choice
 from varkit.pipelines.edit import Box
 from varkit.pipelines.editing import Images, Masks
+from varkit.pipelines.labels import Labelled
 from varkit.rng import Draw, Rng
 from varkit.samplers.next_group import Known
 
 
-class ClassToImagePipeline(ImagePipeline):
+class ClassToImagePipeline(Labelled, ImagePipeline):
     """Class labels -> images.
 
     Args:
@@ -47,26 +46,6 @@ class ClassToImagePipeline(ImagePipeline):
             )
         self.register_modules(transformer=transformer, image_tokenizer=image_tokenizer, sampler=sampler)
         self.register_to_config(id2label=id2label)
-
-    @property
-    def labels(self) -> dict[int, str]:
-        """Class names by id; empty when the model has none."""
-        return {int(k): v for k, v in (self.config.id2label or {}).items()}
-
-    def label_ids(self, names: Sequence[str | int]) -> list[int]:
-        """Class ids of names or numbers. Raises ValueError naming the nearest class."""
-        by_name = {v.lower(): k for k, v in self.labels.items()}
-        ids = []
-        for name in names:
-            text = str(name).strip()
-            if re.fullmatch(r"-?[0-9]+", text):
-                ids.append(int(text))
-            elif text.lower() in by_name:
-                ids.append(by_name[text.lower()])
-            else:
-                known = ", ".join(self.labels.values()) or f"0 to {self.transformer.num_classes - 1}"
-                raise ValueError(f"no class is called {text!r}{nearest(text.lower(), by_name)}; classes: {known}")
-        return ids
 
     @torch.no_grad()
     def __call__(

@@ -1,4 +1,4 @@
-"""Coding a set of images once: sharded, resumable, by any number of processes.
+"""Coding a set of images, or of clips of videos, once: sharded, resumable, by any number of processes.
 
     extract_codes("fashion-vq-tokenizer", "photos/", Path("codes"), views=Views(flip=True))
 
@@ -8,7 +8,7 @@ The official trainers of LlamaGen and RAR read such files: ten crops and mirror 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from varkit.data.clips import ClipDataset, open_clips
 from varkit.data.codes import (
     CodeInfo,
     shard_is_whole,
@@ -29,6 +30,7 @@ from varkit.data.codes import (
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.latents import latent_sums
 from varkit.data.transforms import RANDOM_MODES, ImageTransform, Mode
+from varkit.data.video import ClipRule
 from varkit.interfaces import Tokenizer
 from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint
@@ -45,6 +47,8 @@ class Views:
         enlarge: size of what is cut from, in image sizes; of ten crops there may be several, such as LlamaGen's
             (1.1, 1.05): ten views each.
         flip: each view and its mirror image; ten crops have theirs already.
+        clips: of videos: how many clips, evenly from the first to the last; one is that in the middle.
+        stride, fps: of videos: as `varkit.data.clips.ClipDataset`.
     Raises: ValueError when they do not go together.
     """
 
@@ -52,8 +56,16 @@ class Views:
     enlarge: tuple[float, ...] = (1.0,)
     crops: int = 1
     flip: bool = False
+    clips: int = 1
+    stride: int = 1
+    fps: float | None = None
 
     def __post_init__(self) -> None:
+        if min(self.clips, self.stride) < 1 or (self.fps is not None and (self.fps <= 0 or self.stride > 1)):
+            raise ValueError(
+                f"clips and stride count from 1, fps is above 0 and stands instead of stride; got {self.clips}, "
+                f"{self.stride} and {self.fps}"
+            )
         if self.mode in RANDOM_MODES:
             raise ValueError(f"mode {self.mode} is random; tokens are made of fixed views: center, pad or squash")
         if self.crops not in (1, 10):
@@ -76,6 +88,32 @@ class Views:
         plain = f"{self.mode} {self.enlarge[0]:g}x" if self.mode == "center" else self.mode
         return [plain, f"{plain} mirrored"] if self.flip else [plain]
 
+    @property
+    def of_videos(self) -> bool:
+        """Whether they are of videos alone."""
+        return (self.clips, self.stride, self.fps) != (1, 1, None)
+
+    def clip_names(self, frames: int) -> list[str]:
+        """As `names`, of clips of so many frames."""
+        step = f"{self.fps:g} a second" if self.fps is not None else f"every {self.stride}"
+        places = [f"clip {k + 1} of {self.clips}" for k in range(self.clips)] if self.clips > 1 else ["middle"]
+        return [f"{place}, {frames} frames, {step}, {name}" for place in places for name in self.names]
+
+    def readers(self, dataset: ImageDataset | ClipDataset, tokenizer: Tokenizer) -> list[ImageDataset | ClipDataset]:
+        """The set as it is read, once for each; `cut` makes views of what comes. Raises: as `ClipDataset.set_clips`."""
+        found: list[ImageDataset | ClipDataset] = []
+        for transform in self.transforms(tokenizer.image_size):
+            if isinstance(dataset, ImageDataset):
+                found.append(copy(dataset))
+                found[-1].transform = transform
+                continue
+            rule = ClipRule(tokenizer.num_frames or 1, self.stride, "even", self.clips, short="skip")
+            for which in range(self.clips):
+                found.append(clips := copy(dataset))
+                clips.set_clips(rule, self.fps, transform)
+                clips.which = which
+        return found
+
     def transforms(self, size: tuple[int, int]) -> list[ImageTransform]:
         """How images are read, once for each; `cut` makes views of what comes."""
         height, width = size
@@ -84,7 +122,7 @@ class Views:
         return [ImageTransform(size, mode=self.mode, enlarge=self.enlarge[0])]
 
     def cut(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, 3, H', W') as one of `transforms` gives them -> (B, v, 3, H, W)."""
+        """(B, 3, H', W') as one of `readers` gives them, or clips (B, 3, T, H', W') -> (B, v, ...)."""
         if self.crops == 1:
             return torch.stack([images, images.flip(-1)] if self.flip else [images], 1)
         (height, width), down, right = size, images.shape[-2] - size[0], images.shape[-1] - size[1]
@@ -134,7 +172,8 @@ def extract_codes(
 
     Args:
         tokenizer: a `Tokenizer` on its device, or a name that `open_tokenizer` takes.
-        source, split, root: as `varkit.data.open_images` takes them.   name: what the record calls the tokenizer.
+        source, split, root: as `varkit.data.open_images` takes them, of a tokenizer of clips `open_clips`.
+        name: what the record calls the tokenizer.
         views: of each image; one centre crop unless given.
         batch_size: images encoded at once (V views each).   shard_size: images a file, lost together at a stop.
         workers: processes that read images.   seed: of tokenizers that draw (posterior samples, stochastic bits).
@@ -151,7 +190,17 @@ def extract_codes(
         raise ValueError(f"moments are those of latents; {type(tokenizer).__name__} has {tokenizer.layout.describe()}")
     if moments and type(tokenizer).moments is Tokenizer.moments:
         raise ValueError(f"{type(tokenizer).__name__} has no posterior over its tokens; code it without moments")
-    dataset = open_images(source, split=split, root=root)
+    frames = tokenizer.num_frames
+    if frames is None and views.of_videos:
+        raise ValueError(f"clips, stride and fps are of videos; {type(tokenizer).__name__} codes images")
+    if frames is not None and views.crops > 1:
+        raise ValueError(f"ten crops are of images; {type(tokenizer).__name__} codes clips: use clips= for several")
+    dataset: ImageDataset | ClipDataset
+    if frames is None:
+        dataset = open_images(source, split=split, root=root)
+    else:
+        dataset = open_clips(source, split=split, root=root, frames=1)
+    readers = views.readers(dataset, tokenizer)
     storage = storage_dtype(tokenizer.layout)
     info = CodeInfo(
         layout=tokenizer.layout.to_dict(),
@@ -162,7 +211,7 @@ def extract_codes(
         count=len(dataset),
         shard_size=shard_size,
         classes=list(dataset.classes),
-        views=views.names,
+        views=views.names if frames is None else views.clip_names(frames),
         dtype=str(storage).removeprefix("torch."),
         texts=dataset.texts is not None,
         moments=moments,
@@ -178,7 +227,7 @@ def extract_codes(
     total = sum(len(info.entries(k)) for k in wanted)
     with tqdm(total=total, unit="image", disable=not progress, file=sys.stderr) as bar:
         for shard in wanted:
-            parts = list(_shard(tokenizer, encode, dataset, list(info.entries(shard)), views, batch_size, workers, bar))
+            parts = list(_shard(tokenizer, encode, readers, list(info.entries(shard)), views, batch_size, workers, bar))
             index = torch.cat([i for i, _ in parts])
             tokens = torch.cat([t for _, t in parts]).to(storage)
             texts = None if dataset.texts is None else [dataset.texts[i] for i in index.tolist()]
@@ -208,7 +257,7 @@ def _sums(tokens: Tensor, moments: bool) -> Tensor | None:
 def _shard(
     tokenizer: Any,
     encode: Callable[[Tensor, Tensor], Tensor],
-    dataset: ImageDataset,
+    readers: Sequence[ImageDataset | ClipDataset],
     indices: list[int],
     views: Views,
     batch_size: int,
@@ -218,9 +267,7 @@ def _shard(
     """The images of a shard in batches: their numbers (b,) and tokens (b, V, ...), without those that do not decode."""
     size, device = tokenizer.image_size, next(tokenizer.parameters()).device
     loaders = []
-    for transform in views.transforms(size):
-        reader = copy(dataset)
-        reader.transform = transform
+    for reader in readers:
         subset = Subset(reader, indices)
         loaders.append(DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate))
     for batches in zip(*loaders, strict=True):

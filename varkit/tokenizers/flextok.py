@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from varkit.heads.flow import Flow, SigmaKind, draw_sigma, flow_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import Losses, Tokenizer
+from varkit.layers.fsq import FSQ
 from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
@@ -34,49 +35,6 @@ NestedDropout = Literal["pow2", "uniform_pow2", "uniform"]
 
 Lengths = int | Sequence[int] | Tensor
 """How many tokens of each image are read: one number, or one an image."""
-
-
-class FSQ(nn.Module):
-    """Finite scalar quantisation (Mentzer et al., arXiv 2309.15505): each channel is rounded to a few levels.
-
-    Args: levels: of each channel; their product is the size of the codebook.
-    """
-
-    steps: Tensor
-    halves: Tensor
-    basis: Tensor
-
-    def __init__(self, levels: Sequence[int]) -> None:
-        super().__init__()
-        self.levels = tuple(levels)
-        steps = torch.tensor(self.levels, device="cpu")
-        self.register_buffer("steps", steps, persistent=False)
-        self.register_buffer("halves", steps // 2, persistent=False)
-        basis = [math.prod(self.levels[:i]) for i in range(len(self.levels))]
-        self.register_buffer("basis", torch.tensor(basis, device="cpu"), persistent=False)
-
-    def bound(self, z: Tensor) -> Tensor:
-        """(..., C) -> float32 within the levels, before rounding."""
-        half = (self.steps - 1) * (1 + 1e-3) / 2
-        offset = torch.where(self.steps % 2 == 0, 0.5, 0.0)
-        return torch.tanh(z.float() + torch.atanh(offset / half)) * half - offset
-
-    def forward(self, z: Tensor) -> Tensor:
-        """(..., C) -> values (..., C) float32 in [-1, 1]; the gradient goes straight through the rounding."""
-        bound = self.bound(z)
-        return (bound + (bound.round() - bound).detach()) / self.halves
-
-    def unrounded(self, z: Tensor) -> Tensor:
-        """(..., C) -> what `forward` rounds: values (..., C) float32 in about [-1, 1]."""
-        return self.bound(z) / self.halves
-
-    def ids(self, values: Tensor) -> Tensor:
-        """Values (..., C) -> (...) int64."""
-        return ((values * self.halves).round().long() + self.halves).mul(self.basis).sum(-1)
-
-    def vectors(self, ids: Tensor) -> Tensor:
-        """(...) int64 -> values (..., C) float32."""
-        return (ids[..., None] // self.basis % self.steps - self.halves) / self.halves.float()
 
 
 def attention_mask(patches: Sequence[int], registers: Sequence[int], causal: bool) -> Tensor:

@@ -143,7 +143,7 @@ class Rehearsal:
         reset_peak(self.device)
         if t.validation is not None:
             count = min(t.loop.validate_images, len(t.validation))
-            size = min(128, count)
+            size = min(t.held_out_batch, count)
             began = time.perf_counter()
             with t._averaged():
                 for batch, rng in t._held_out(size, size):
@@ -155,7 +155,7 @@ class Rehearsal:
             images = t.objective.pictures(*next(t._held_out(16, 16)))
         if images is not None:
             file = io.BytesIO()
-            grid(to_pil(images), 8 if len(images) % 10 else 10).save(file, "PNG")
+            grid(to_pil(images), t.picture_columns(len(images))).save(file, "PNG")
             found["picture_bytes"] = file.tell()
         found["sample"] = time.perf_counter() - began
         self.peaks["pauses"] = memory_peak(self.device)

@@ -27,10 +27,12 @@ from tqdm.auto import tqdm
 
 from varkit.compiler import require_compiler
 from varkit.config import ConfigError
+from varkit.data.clips import CLIP_DATASETS, ClipDataset, open_clips
 from varkit.data.codes import CodeSet, is_code_folder
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.trajectories import open_codes
 from varkit.data.transforms import ImageTransform
+from varkit.data.video import ClipRule
 from varkit.interfaces import Objective
 from varkit.pictures import grid, save_png, to_pil
 from varkit.rng import Rng
@@ -38,9 +40,9 @@ from varkit.training.batches import StepBatches
 from varkit.training.checkpoint import Checkpoints, replace_folder
 from varkit.training.flops import FlopMeter
 from varkit.training.logbook import Window, drop_later_lines, require_tracker, tracker_options, write_line
-from varkit.training.objectives import build_objective
+from varkit.training.objectives import build_objective, takes_clips
 from varkit.training.optim import make_optimizer, set_schedule
-from varkit.training.recipe import Recipe, recipe_values
+from varkit.training.recipe import ClipsConfig, Recipe, recipe_values
 from varkit.training.restore import restore, saved_processes
 from varkit.training.sharding import (
     ShardedAverage,
@@ -130,8 +132,9 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", self.loop.keep)
         self._check_folder(resume)
         require_tracker(self.loop.tracker)
+        self.clips = self._takes_clips()
         self.dataset = self._open(recipe.data.train, recipe.data.train_split)
-        self.validation: ImageDataset | CodeSet | None = None
+        self.validation: ImageDataset | ClipDataset | CodeSet | None = None
         if recipe.data.validation is not None:
             self.validation = self._open(recipe.data.validation, recipe.data.validation_split)
             self._check_classes(self.dataset.classes, self.validation.classes)
@@ -215,7 +218,7 @@ class Trainer:
         for name, data in (("train", self.dataset), ("validation", self.validation)):
             if data is not None:
                 self.objective.check_texts(f"data.{name}", data.texts)
-            if isinstance(data, ImageDataset):
+            if isinstance(data, ImageDataset | ClipDataset):
                 self.objective.check_images(data.source)
             if isinstance(data, CodeSet):
                 self.objective.check_codes(data.info)
@@ -225,22 +228,50 @@ class Trainer:
                         "--flip`: set data.flip=false"
                     )
 
-    def _open(self, source: str, split: str) -> ImageDataset | CodeSet:
+    def _takes_clips(self) -> bool:
+        """Whether the objective takes clips. Raises ConfigError when the recipe does not go with that."""
+        clips, data = takes_clips(self.recipe.objective), self.recipe.data
+        if clips and self.loop.channels_last:
+            raise ConfigError("loop.channels_last is for images; this objective takes clips: leave it out")
+        if not clips and data.clips is not None:
+            raise ConfigError(f"data.clips is for objectives of clips; {self.recipe.objective.name} takes images here")
+        if not clips and (named := {data.train, data.validation} & set(CLIP_DATASETS)):
+            raise ConfigError(f"data: {named.pop()} is a set of clips; {self.recipe.objective.name} takes images here")
+        return clips
+
+    def _open(self, source: str, split: str) -> ImageDataset | ClipDataset | CodeSet:
+        data = self.recipe.data
         if is_code_folder(source):
-            return open_codes(source, random_view=source == self.recipe.data.train, seed=self.loop.seed)
-        return open_images(source, split=split, root=self.recipe.data.root)
+            return open_codes(source, random_view=source == data.train, seed=self.loop.seed)
+        if self.clips:
+            fold = 1 if data.clips is None else data.clips.fold
+            return open_clips(source, split=split, root=data.root, frames=1, fold=fold)
+        return open_images(source, split=split, root=data.root)
 
     def _set_transforms(self) -> None:
         data = self.recipe.data
         size = self.objective.image_size
-        if isinstance(self.dataset, ImageDataset):
-            self.dataset.transform = ImageTransform(
-                size, mode=data.mode, enlarge=data.enlarge, flip=data.flip, seed=self.loop.seed
-            )
-        if isinstance(self.validation, ImageDataset):
-            still: dict[str, Any] = {"crop": "center", "shift": "squash"}
-            mode = still.get(data.mode, data.mode)
-            self.validation.transform = ImageTransform(size, mode=mode, enlarge=data.enlarge)
+        moving = ImageTransform(size, mode=data.mode, enlarge=data.enlarge, flip=data.flip, seed=self.loop.seed)
+        held: dict[str, Any] = {"crop": "center", "shift": "squash"}
+        still = ImageTransform(size, mode=held.get(data.mode, data.mode), enlarge=data.enlarge)
+        for dataset, transform in ((self.dataset, moving), (self.validation, still)):
+            if isinstance(dataset, ImageDataset):
+                dataset.transform = transform
+            elif isinstance(dataset, ClipDataset):
+                clips = data.clips or ClipsConfig()
+                rule = ClipRule(
+                    frames=self.objective.num_frames or 1,
+                    stride=clips.stride,
+                    start="random" if dataset is self.dataset else clips.held_out,
+                    short=clips.short,
+                    seed=self.loop.seed,
+                )
+                dataset.set_clips(rule, clips.fps, transform)
+
+    @property
+    def held_out_batch(self) -> int:
+        """Held-out images, or clips of as many frames in all, that go through the networks at once."""
+        return max(128 // (self.objective.num_frames or 1), 1)
 
     def _loader(self) -> DataLoader[Any]:
         a = self.accelerator
@@ -280,10 +311,11 @@ class Trainer:
         if dropped:
             self._say(f"dropped {dropped} lines of metrics.jsonl after step {self.progress.step}: they are run again")
         count = sum(p.numel() for p in self.objective.trained("main").parameters())
+        what = "clips" if self.clips else "images"
         for note in self.objective.notes:
             self._say(note)
         self._say(
-            f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} images of "
+            f"training {self.recipe.name}: {count / 1e6:.2f} M parameters, {len(self.dataset)} {what} of "
             f"{len(self.dataset.classes)} classes, {self.loop.steps} steps of {self.loop.batch_size}, "
             f"{self.loop.precision} on {self.accelerator.device} x {self.accelerator.num_processes}, into {self.folder}"
         )
@@ -476,7 +508,7 @@ class Trainer:
         sums: dict[str, float] = {}
         images = 0
         with self._averaged():
-            for batch, rng in self._held_out(self.loop.validate_images, 128):
+            for batch, rng in self._held_out(self.loop.validate_images, self.held_out_batch):
                 count = len(batch["labels"])
                 for name, value in self.objective.validate(batch, rng).items():
                     sums[f"validation/{name}"] = sums.get(f"validation/{name}", 0.0) + float(value) * count
@@ -492,9 +524,13 @@ class Trainer:
                 batch, rng = next(self._held_out(16, 16))
                 images = self.objective.pictures(batch, rng)
             if images is not None and self.accelerator.is_main_process:
-                sheet = grid(to_pil(images), 8 if len(images) % 10 else 10)
+                sheet = grid(to_pil(images), self.picture_columns(len(images)))
                 save_png(sheet, self.folder / "samples" / f"step-{step:08d}.png", {"step": step})
         self.accelerator.wait_for_everyone()
+
+    def picture_columns(self, count: int) -> int:
+        """Of a sample sheet of so many pictures."""
+        return self.objective.columns or (8 if count % 10 else 10)
 
     def _require_finite(self, step: int) -> None:
         named = dict(self.objective.named_parameters())

@@ -13,10 +13,30 @@ from varkit.training.optim import OptimConfig
 
 
 @config
-class DataConfig:
-    """Where images come from and how they are cut."""
+class ClipsConfig:
+    """Which clips are taken of videos; how many frames they have, the objective says (docs/video-data.md)."""
 
-    train: str  # a folder, an .npz or .npy file, IDX files, tars, hf:NAME, or the name of a data set (docs/data.md)
+    stride: int = 1  # every which frame
+    fps: float | None = None  # instead: wanted frames a second, of files that say how many they have
+    short: Literal["skip", "refuse"] = "skip"  # what becomes of videos with too few frames
+    held_out: Literal["middle", "first"] = "middle"  # where held-out clips begin; those of training at random
+    fold: int = 1  # of UCF-101: which of its lists
+
+    def __post_init__(self) -> None:
+        if self.stride < 1 or self.fold < 1:
+            raise ConfigError(f"data.clips: stride and fold count from 1; got {self.stride} and {self.fold}")
+        if self.fps is not None and (self.fps <= 0 or self.stride != 1):
+            raise ConfigError(
+                f"data.clips.fps must be above 0 and stands instead of stride; got fps={self.fps}, stride={self.stride}"
+            )
+
+
+@config
+class DataConfig:
+    """Where images or clips come from and how they are cut."""
+
+    train: str  # a folder, an .npz or .npy file, IDX files, tars, hf:NAME, or the name of a data set (docs/data.md);
+    # for objectives of clips: moving-fashion, a folder of videos, UCF-101, Kinetics (docs/video-data.md);
     # or, for generators, a folder of `varkit tokenize`; splits and views are then its own
     train_split: str = "train"
     validation: str | None = None  # None: no validation
@@ -25,6 +45,7 @@ class DataConfig:
     mode: Literal["crop", "center", "pad", "squash", "shift"] = "crop"
     enlarge: float = 1.125  # crop and center: the shorter side becomes this times the size
     flip: bool = False  # mirror half of the images
+    clips: ClipsConfig | None = None  # of videos alone; None: every frame, from a random one on
     workers: int = 2  # processes that read images; 0: in the training process
 
 

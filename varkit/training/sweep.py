@@ -236,7 +236,8 @@ def _remember(trainer: Trainer, recipe: Recipe, memory: dict[str, CodeMemory]) -
     data = recipe_values(recipe)["data"]
     key = json.dumps([recipe.objective.tokenizer, data], sort_keys=True)
     sets = {False: trainer.validation}
-    if recipe.data.mode not in RANDOM_MODES and not recipe.data.flip:  # in training an image must always look the same
+    fixed = recipe.data.mode not in RANDOM_MODES and not recipe.data.flip and not trainer.clips
+    if fixed:  # in training an image must always look the same
         sets[True] = trainer.dataset
     for training, dataset in sets.items():
         if dataset is not None:

@@ -16,6 +16,7 @@ from varkit.conditioning.label import LabelCondition
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
 from varkit.interfaces import Cond, Generator, Losses, Objective, Tokenizer
+from varkit.pictures import SHOWN_FRAMES, rows_of_frames
 from varkit.pipelines.auto import assemble, open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint
 from varkit.rng import Rng
@@ -25,6 +26,9 @@ from varkit.training.codes import CodeMemory
 from varkit.training.control import ControlConfig, Controls
 from varkit.training.objectives.variants.arra import FrozenEncoder
 from varkit.training.objectives.variants.combined import Together, VariantConfig, Variants
+
+GIVEN_FRAMES = 5
+"""Of 16 or 17, in the papers of LARP and NBP."""
 
 
 @config
@@ -38,6 +42,7 @@ class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
     gradient_checkpointing: bool = False
     control: ControlConfig | None = None  # control images that steer the generator (docs/control.md)
     sampling: dict[str, Any] = field(default_factory=dict)  # default sampler settings of the exported pipeline
+    given_frames: int | None = None  # first frames that a generator of condition `frames` goes on with; None: 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +77,7 @@ class GeneratorTraining(Objective):
     shards = True
     kind: type[Any]  # class of the generator; a subclass sets it before `__init__`, or for good
     captions: Captions | None = None  # of a generator of texts; a subclass sets it before `__init__`
+    from_frames = False  # of a generator that goes on with given frames; likewise
     text_encoder: nn.Module | None  # of the captions, where it is trained too
     config: Any
 
@@ -80,7 +86,10 @@ class GeneratorTraining(Objective):
         self.config, self.classes = config, classes
         tokenizer = self.open_tokenizer()
         self.freeze("tokenizer", tokenizer)
-        self.image_size = tokenizer.image_size
+        self.image_size, self.num_frames = tokenizer.image_size, tokenizer.num_frames
+        if self.num_frames is not None:
+            self._require_clips(self.num_frames)
+        self.given_frames = self._check_given()
         self.model: Any = self._build(tokenizer)
         self.model.layout.require(tokenizer.layout, "the generator", f"tokenizer {config.tokenizer}")
         self._steer()
@@ -100,6 +109,27 @@ class GeneratorTraining(Objective):
         self.memory: dict[bool, CodeMemory] = {}  # by `training`: set by a sweep, whose members see the same images
         self._pipeline()  # settings that the sampler does not know are refused now, not at the end
         self.variants = self._variants(tokenizer) if config.any_variant else None
+
+    def _require_clips(self, frames: int) -> None:
+        """Raises ConfigError for what is done to images alone."""
+        self.columns = min(SHOWN_FRAMES, frames)
+        odd = [
+            n for n in ("control", "alignment", "self_generated", "sizes") if getattr(self.config, n, None) is not None
+        ]
+        if odd or self.captions is not None:
+            what = f"objective.{odd[0]}" if odd else "a generator of texts"
+            raise ConfigError(f"{what} is for images; objective.tokenizer {self.config.tokenizer} codes clips")
+
+    def _check_given(self) -> int:
+        """How many first frames are given. Raises ConfigError where there cannot be so many."""
+        given, frames = self.config.given_frames, self.num_frames or 0
+        if given is not None and not self.from_frames:
+            raise ConfigError("objective.given_frames is for generators that go on with given frames: leave it out")
+        if self.from_frames and not 0 < (given or GIVEN_FRAMES) < frames:
+            raise ConfigError(
+                f"objective.given_frames must be 1 to {frames - 1}, of clips of {frames}; got {given or GIVEN_FRAMES}"
+            )
+        return given or GIVEN_FRAMES
 
     def _steer(self) -> None:
         """Make what reads control images. Raises ConfigError where generator and recipe do not agree on it."""
@@ -126,7 +156,7 @@ class GeneratorTraining(Objective):
         if self.config.init_from is not None:
             model, note = finetune.start_from(self.config, self.kind, self.classes)
             self.notes.append(note)
-            wanted = "class" if self.captions is None else "text"
+            wanted = ("frames" if self.from_frames else "class") if self.captions is None else "text"
             if model.condition != wanted:
                 raise ConfigError(
                     f"objective.init_from {self.config.init_from} is conditioned on {model.condition}, objective.model "
@@ -137,16 +167,24 @@ class GeneratorTraining(Objective):
             own = {"num_classes": None, **self.captions.sizes(), **self.sizes(tokenizer)}
             return self.fresh(own | self.config.model_overrides)
         sizes = {
-            "num_classes": max(len(self.classes), 1),
+            "num_classes": 0 if self.from_frames else max(len(self.classes), 1),
             **self.sizes(tokenizer),
             **self.config.model_overrides,
         }
-        if sizes["num_classes"] < len(self.classes):
+        unconditional = sizes["num_classes"] == 0 and self.num_frames is not None
+        if sizes["num_classes"] < len(self.classes) and not unconditional:
             raise ConfigError(
                 f"the model has {sizes['num_classes']} classes, the data {len(self.classes)}; set "
                 f"objective.model_overrides.num_classes, or leave it out"
             )
-        return self.fresh(sizes)
+        try:
+            return self.fresh(sizes)
+        except ValueError as error:
+            if self.num_frames is None:
+                raise
+            raise ConfigError(
+                f"objective.model {self.config.model} cannot be made for clips, {tokenizer.layout.describe()}: {error}"
+            ) from error
 
     @abstractmethod
     def sizes(self, tokenizer: Any) -> dict[str, Any]:
@@ -169,6 +207,8 @@ class GeneratorTraining(Objective):
         """Raises ConfigError when another tokenizer made them, or when what is trained needs the images."""
         require_same_tokenizer(self.frozen("tokenizer"), self.config.tokenizer, codes)
         needy = [n for n in ("alignment", "self_generated", "control") if getattr(self.config, n) is not None]
+        if self.from_frames:
+            raise ConfigError("the generator reads the first frames of clips, token files hold none; give the clips")
         if needy:
             raise ConfigError(
                 f"objective.{needy[0]} reads the images, token files hold none; give the images in data.train"
@@ -184,11 +224,20 @@ class GeneratorTraining(Objective):
 
         Args: rng: where a subclass draws how they are read; None, for sample sheets, is one way alone.
         """
+        if self.captions is None and self.from_frames:
+            return self._given(batch["images"])
         if self.captions is None:
-            cond = self.condition.encode(class_labels=batch["labels"].clamp_min(0))
+            labels = batch["labels"].clamp_min(0)
+            cond = self.condition.encode(class_labels=labels if self.model.num_classes else labels * 0)
         else:
             cond = self.captions.encode(batch["texts"], self.model, batch["labels"].device)
         return cond if self.controls is None else cond + self.controls.encode(batch["images"])
+
+    def _given(self, clips: Tensor) -> Cond:
+        """The ids of clips' first frames."""
+        from varkit.conditioning.frames import FrameCondition
+
+        return FrameCondition(self.frozen("tokenizer")).encode(frames=clips[:, :, : self.given_frames])
 
     def tokens(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
         """The codes of a batch of images or of token files, (B, L). Args: rng: of tokenizers that draw."""
@@ -229,8 +278,10 @@ class GeneratorTraining(Objective):
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
         """Up to ten classes, five images each, or one image a caption, by the sampler's default settings.
 
-        Where control images steer, each of them, and beside it an image that it led to.
+        Where control images steer, each of them, and beside it an image that it led to. Of clips some frames in a row.
         """
+        if self.num_frames is not None:
+            return self._clips(batch)
         if self.captions is not None or self.controls is not None:
             cond = self.cond(batch)
             images = self._pipeline().draw(
@@ -250,6 +301,26 @@ class GeneratorTraining(Objective):
             class_labels=classes.repeat(5).tolist(), rng=Rng.from_seed(0, 5 * len(classes)), output_type="pt"
         )
         return out.images * 2 - 1
+
+    def _clips(self, batch: dict[str, Tensor]) -> Tensor:
+        """Frames of eight clips: of classes spread over all, or that go on with given frames."""
+        device, count = batch["labels"].device, self.model.num_classes
+        if self.from_frames:
+            cond = self._given(batch["images"][:8])
+            null = cond  # the sampler does not read it: such models have no guidance
+        else:
+            labels = torch.linspace(0, count - 1, min(8, count)).round().long() if count else torch.zeros(8).long()
+            cond = self.condition.encode(class_labels=labels.to(device))
+            null = self.condition.null(cond)
+        tokens = self._pipeline().draw(
+            cond,
+            null,
+            Rng.from_seed(0, len(cond)).to(device),
+            known=None,
+            output_type="latent",
+            callback=None,
+        )[0]
+        return rows_of_frames(self.frozen("tokenizer").decode(tokens).float(), self.columns or SHOWN_FRAMES)
 
     def _pipeline(self, model: Any = None) -> Any:
         pipeline = assemble(model or self.model, self.frozen("tokenizer"), self.config.sampling)

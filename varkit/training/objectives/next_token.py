@@ -80,7 +80,7 @@ class Training(GeneratorTraining):
 
     def __init__(self, config: Config, classes: list[str]) -> None:
         model = registered(config)
-        self.kind = type(model)
+        self.kind, self.from_frames = type(model), model.condition == "frames"
         self._open_captions(config, model.condition)
         if config.random_orders is not None and "random_ratio" not in model.training_options:
             raise ConfigError(f"objective.random_orders is for RAR; {self.kind.__name__} has one order")

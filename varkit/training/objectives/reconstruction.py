@@ -110,6 +110,14 @@ class ReconstructionTraining(Objective):
         """Whether the loss compares images; if not, there is neither discriminator nor perceptual net."""
         return True
 
+    def compared(self, images: Tensor) -> Tensor:
+        """Images that losses compare, (N, 3, H, W): of clips, (B, 3, T, H, W), all frames."""
+        return images if images.dim() == 4 else images.transpose(1, 2).flatten(0, 1)
+
+    def compared_rng(self, images: Tensor, rng: Rng) -> Rng:
+        """Random numbers of each of them: frames of a clip share theirs."""
+        return rng if images.dim() == 4 else rng[torch.arange(len(images)).repeat_interleave(images.shape[2])]
+
     def held(self) -> tuple[str, ...]:
         """Name patterns of what is not trained whatever `objective.freeze` says."""
         return ()
@@ -144,7 +152,7 @@ class ReconstructionTraining(Objective):
                     f"is a {type(fresh).__name__}"
                 )
             return fresh
-        free = self.kind.free_arguments
+        free = getattr(self.kind, "free_arguments", frozenset())
         if source in registry.list_checkpoints() or Path(source).is_file():
             free |= self.released_arguments
         model = open_tokenizer(source, **{k: v for k, v in overrides.items() if k in free})
@@ -191,8 +199,10 @@ class ReconstructionTraining(Objective):
     def forward(self, batch: dict[str, Tensor], phase: str, step: int, max_steps: int, rng: Rng) -> Losses:
         images = batch["images"]
         if phase == "discriminator":
-            return self._judge(images, self.fakes.pop(0), rng)
+            return self._judge(self.compared(images), self.fakes.pop(0), self.compared_rng(images, rng))
         reconstruction, middle, log = self.reconstruct(images, step, rng)
+        rng = self.compared_rng(images, rng)
+        images, reconstruction = self.compared(images), self.compared(reconstruction)
         c, adversarial = self.config, "discriminator" in self.phases(step)
         losses = tokenizer_loss(
             images,
@@ -259,7 +269,8 @@ class ReconstructionTraining(Objective):
     @torch.no_grad()
     def validate(self, batch: dict[str, Tensor], rng: Rng) -> Losses:
         images = batch["images"]
-        mse = F.mse_loss(self._back(images), images, reduction="none").mean((1, 2, 3))
+        back = self.compared(self._back(images))
+        mse = F.mse_loss(back, self.compared(images), reduction="none").mean((1, 2, 3))
         return {"psnr": (10 * torch.log10(4 / mse)).mean(), "l2": mse.mean()}
 
     def _back(self, images: Tensor) -> Tensor:

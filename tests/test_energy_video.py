@@ -12,16 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.test_clips import fashion_root as fashion_root
 from tests.test_models import liven, random_images
+from tests.test_training import lines
+from tests.test_video_training import clips_recipe, resumed, same_weights
+from varkit import AutoPipeline
 from varkit.checkpoints.energy_video import energy_video_arguments
 from varkit.config import ConfigError
 from varkit.generators.energy_video import SIZES, TINY, TINY_TOKENIZER, VARIANTS, EnergyVideoAR
 from varkit.heads.energy import Energy, Refined, descend
 from varkit.interfaces import Cond
+from varkit.pipelines.class_to_video import ClassToVideoPipeline
 from varkit.registry import create_model, list_models, model_entry
 from varkit.rng import Draw, Rng
 from varkit.samplers.energy import EnergySampler
 from varkit.tokenizers.frames import FrameTokenizer
+from varkit.training.loop import train
 from varkit.training.objectives import build_objective, objective_config
 from varkit.training.optim import OptimConfig, make_optimizer, set_schedule
 
@@ -466,21 +472,19 @@ def test_official_settings_that_are_not_there_are_refused() -> None:
 # ---- training -----------------------------------------------------------------------------------------------------
 
 
-def plan(folder: Path, **changes: Any) -> Any:
-    """The objective on a small VAE, for clips of four frames of 8x8."""
+def plan(folder: Path, **changes: Any) -> dict[str, Any]:
+    """An objective on a small VAE, for clips of four frames of 8x8."""
     if not folder.exists():
         torch.manual_seed(0)
         sizes = {"image_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
         create_model("kl_vae_fashion", **sizes).save_pretrained(folder)
-    values = {
-        "name": "energy",
-        "tokenizer": str(folder),
-        "model": "ebt_fashion",
-        "num_frames": 4,
-        "model_overrides": {"hidden_size": 32, "depth": 1, "num_heads": 2},
-        **changes,
-    }
-    return build_objective(objective_config(values), ["a", "b"])
+    sizes = {"hidden_size": 32, "depth": 1, "num_heads": 2}
+    base = {"name": "energy", "tokenizer": str(folder), "model": "ebt_fashion", "num_frames": 4}
+    return {**base, "model_overrides": {**sizes, **changes.pop("model_overrides", {})}, **changes}
+
+
+def built(folder: Path, **changes: Any) -> Any:
+    return build_objective(objective_config(plan(folder, **changes)), ["a", "b"])
 
 
 def batch(count: int, seed: int = 0) -> dict[str, Tensor]:
@@ -491,7 +495,7 @@ def batch(count: int, seed: int = 0) -> dict[str, Tensor]:
 
 
 def test_an_objective_learns_and_exports_what_goes_on(tmp_path: Path) -> None:
-    objective = plan(tmp_path / "vae", sampling={"head_steps": 3, "candidates": 2})
+    objective = built(tmp_path / "vae", sampling={"head_steps": 3, "candidates": 2})
     assert (objective.num_frames, objective.image_size) == (4, (8, 8))
     optim = OptimConfig(lr=3e-3, weight_decay=0.1, schedule="constant", warmup_steps=0)
     optimizer = make_optimizer(objective.trained("main"), optim)
@@ -515,19 +519,41 @@ def test_an_objective_learns_and_exports_what_goes_on(tmp_path: Path) -> None:
     error = (clips[:, :, -1] - clips[:, :, -2]).square().flatten(1).mean(1)
     told = objective.validate(batch(16), Rng.from_seed(0, 16))
     torch.testing.assert_close(told["psnr_copy"], (10 * (4 / error).log10()).mean())
-    assert objective.statistics()["alpha"] == pytest.approx(float(objective.model.alpha))
+    assert objective.statistics()["alpha"] == pytest.approx(float(objective.model.alpha.detach()))
     shown = objective.pictures(batch(3), Rng.from_seed(0, 3))
     assert shown.shape == (3 * 2 * 8, 3, 8, 8) and shown.isfinite().all()
     torch.testing.assert_close(shown[:8][[0, -1]], batch(3)["images"][0, :, [0, -1]].transpose(0, 1))  # as they are
     objective.export(tmp_path / "model")
     model = EnergyVideoAR.from_pretrained(tmp_path / "model" / "transformer")
-    sampler = EnergySampler.from_pretrained(tmp_path / "model" / "sampler")
-    assert sampler.settings()["candidates"] == 2 and model.step_size() == objective.model.step_size()
+    pipe = AutoPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe, ClassToVideoPipeline) and pipe.sampler.settings()["candidates"] == 2
+    assert model.step_size() == objective.model.step_size()
+    given = batch(2)["images"][:, :, :1]
+    out = pipe(frames=given, num_frames=6, context_frames=2, seed=3, output_type="pt")  # two windows
+    assert out.videos.shape == (2, 6, 3, 8, 8) and out.videos.isfinite().all() and out.class_labels is None
+    torch.testing.assert_close(out.videos[:, 0], given[:, :, 0] * 0.5 + 0.5)
+    assert out.stats["steps"] == 5 and out.stats["head_calls"] == 5 * 4
+    longer = pipe(frames=given, num_frames=6, context_frames=2, seed=3, output_type="pt", head_steps=8)
+    assert not torch.equal(longer.videos[:, 1:], out.videos[:, 1:])
+    with pytest.raises(ValueError, match="give the first frame or frames"):
+        pipe(seed=3)
+    with pytest.raises(ValueError, match="EnergySampler has no setting guidance_scale"):
+        pipe(frames=given, guidance_scale=2.0)
+
+
+SYSTEM_2 = {
+    "num_steps": 1,
+    "repeats": [2, 3],
+    "truncate": True,
+    "detach": False,
+    "langevin_noise": 0.1,
+    "random_alpha": 2.0,
+}
 
 
 def test_clips_start_from_what_earlier_steps_refined(tmp_path: Path) -> None:
-    overrides = {"hidden_size": 32, "depth": 1, "num_heads": 2, "truncate": True, "detach": False, "repeats": [2, 3]}
-    objective = plan(tmp_path / "vae", replay=6, alpha_lr=0, model_overrides={**overrides, "num_steps": 1})
+    objective = built(tmp_path / "vae", replay=6, alpha_lr=0, model_overrides=SYSTEM_2)
     assert not objective.model.alpha.requires_grad
     asked: list[Any] = []
     plain = objective.model.losses_of
@@ -549,6 +575,18 @@ def test_clips_start_from_what_earlier_steps_refined(tmp_path: Path) -> None:
     assert {"replay_frames", "replay_refined", "replay_written"} <= stored.keys()
 
 
+def test_a_run_of_system_two_resumes_exactly(fashion_root: Path, tmp_path: Path) -> None:
+    """What was refined before a stop is started from after it."""
+    objective = plan(tmp_path / "vae", replay=6, model_overrides=SYSTEM_2)
+    settings = ("loop.validate_images=4", "loop.steps=6", "loop.save_every=3", "optim.warmup_steps=0")
+    whole = train(clips_recipe(tmp_path / "whole", objective, fashion_root, *settings)).folder
+    log = lines(whole)
+    assert {"loss", "loss_last", "alpha"} <= log[0].keys()
+    assert any({"validation/step_3", "validation/psnr_copy"} <= line.keys() for line in log)
+    again = resumed(whole, clips_recipe(tmp_path / "again", objective, fashion_root, *settings), 3)
+    assert same_weights(whole / "model", again / "model")
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     plan(tmp_path / "vae")
     create_model("vq_fashion", **model_entry("vq_fashion").tiny).save_pretrained(tmp_path / "vq")
@@ -563,4 +601,4 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         ({"sampling": {"select": "worst"}}, "got 'worst'"),
     ):
         with pytest.raises((ConfigError, ValueError), match=message):
-            plan(tmp_path / "vae", **changes)
+            built(tmp_path / "vae", **changes)

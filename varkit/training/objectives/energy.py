@@ -22,6 +22,7 @@ from varkit.generators.energy_video import EnergyVideoAR
 from varkit.heads.diffusion import fold
 from varkit.heads.energy import Descent
 from varkit.interfaces import Cond, Losses, Objective
+from varkit.pictures import SHOWN_FRAMES, rows_of_frames
 from varkit.pipelines.auto import assemble, open_tokenizer
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.frames import FrameTokenizer
@@ -29,9 +30,6 @@ from varkit.training.objectives.generation import registered
 
 CLIPS = True
 """It always takes clips."""
-
-SHOWN = 8
-"""Frames of a clip in a row of the sample sheet."""
 
 
 @config
@@ -71,7 +69,7 @@ class Training(Objective):
             raise ConfigError(f"objective.model: {config.model} has no energies; objective energy trains EnergyVideoAR")
         tokenizer = self._tokenizer()
         self.freeze("tokenizer", tokenizer)
-        self.image_size, self.num_frames = tokenizer.image_size, tokenizer.num_frames
+        self.image_size, self.num_frames, self.columns = tokenizer.image_size, tokenizer.num_frames, SHOWN_FRAMES
         (grid,), dim = tokenizer.layout.grids, tokenizer.layout.dim
         sizes = {"num_frames": grid[0], "grid": list(grid[1:]), "latent_dim": dim}
         try:
@@ -174,7 +172,7 @@ class Training(Objective):
 
     @torch.no_grad()
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
-        """Of up to four clips eight frames in a row, and below how a quarter of the frames goes on."""
+        """Of up to four clips some frames in a row, and below them how a quarter of all frames goes on."""
         clips, total = batch["images"][:4].float(), cast(int, self.num_frames)
         tokens, given = self.frozen("tokenizer").encode(clips).float(), max(1, total // 4)
         keep = torch.arange(tokens.shape[1], device=tokens.device) < given * self.model.places
@@ -186,8 +184,7 @@ class Training(Objective):
             known=(tokens, keep),
         )
         both = torch.stack([clips, self.frozen("tokenizer").decode(out.tokens).float()], 1)  # B 2 3 T H W
-        shown = torch.linspace(0, total - 1, SHOWN).round().long()
-        return both[:, :, :, shown.to(both.device)].transpose(2, 3).flatten(0, 2)
+        return rows_of_frames(both.flatten(0, 1), SHOWN_FRAMES)
 
     def _pipeline(self) -> Any:
         return assemble(self.model, self.frozen("tokenizer"), self.config.sampling)

@@ -227,7 +227,7 @@ class EnergyVideoAR(HubMixin, ModelMixin, ConfigMixin, Generator):
         if variant != "default":
             self.time_embeddings = nn.Embedding(num_steps, hidden_size)
         hidden = int(hidden_size * ffn_multiplier)
-        self.layers = nn.ModuleList(Block(hidden_size, num_heads, hidden, modulated) for _ in range(depth))
+        self.layers: Any = nn.ModuleList(Block(hidden_size, num_heads, hidden, modulated) for _ in range(depth))
         self.norm = Norm(hidden_size)
         self.final_layer: Any = FinalLayer(hidden_size) if modulated else nn.Linear(hidden_size, 1, bias=False)
         self.alpha = nn.Parameter(torch.tensor(float(start_alpha)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varkit import Rng
+from varkit import NextGroupSampler, Rng
 from varkit.entities import check_context_noise, entity_losses, sorted_times
 from varkit.generators.entity import EntityAR, EntityState
 from varkit.heads.categorical import Categorical
@@ -18,6 +18,8 @@ from varkit.heads.flow import Flow
 from varkit.heads.gaussian import process
 from varkit.interfaces import Cond
 from varkit.pipelines.auto import assemble
+from varkit.samplers.continuous import ContinuousSampler
+from varkit.tokenizers.frames import FrameTokenizer
 from varkit.tokenizers.kl_vae import KLVAE
 from varkit.tokenizers.latent_pyramid import LatentPyramid
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
@@ -30,13 +32,27 @@ KINDS: dict[str, dict[str, Any]] = {
     "scale": {"entity": "scale", "scales": (1, 3, (8, 4))},
     "image": {"entity": "image"},
 }
+CLIPS: dict[str, dict[str, Any]] = {
+    "clip-token": {"entity": "token"},
+    "clip-cell": {"entity": "cell", "entity_size": (2, 2, 1)},
+    "clip-row": {"entity": "cell", "entity_size": (1, 2)},
+    "clip-subsample": {"entity": "subsample", "entity_size": (2, 2, 1)},
+    "clip-frame": {"entity": "frame"},
+    "clip-image": {"entity": "image"},
+}
+"""Of a grid (t, h, w)."""
 PREDICTIVES = ("categorical", "flow", "diffusion")
 GRID = [pytest.param(k, p, id=f"{k}-{p}") for k, p in itertools.product(KINDS, PREDICTIVES)]
-NETWORKS = [
-    pytest.param(k, p, n, id=f"{k}-{p}-{n}")
-    for k, p, n in itertools.product(KINDS, PREDICTIVES, ("entity", "token"))
-    if (p, n) != ("categorical", "token")  # ids have no such network
-]
+GRID_OF_CLIPS = [pytest.param(k, p, id=f"{k}-{p}") for k, p in itertools.product(CLIPS, PREDICTIVES)]
+
+
+def networks(kinds: dict[str, Any]) -> list[Any]:
+    every = itertools.product(kinds, PREDICTIVES, ("entity", "token"))
+    some = [(k, p, n) for k, p, n in every if (p, n) != ("categorical", "token")]  # ids have no such network
+    return [pytest.param(k, p, n, id=f"{k}-{p}-{n}") for k, p, n in some]
+
+
+NETWORKS = networks(KINDS)
 
 
 def small(kind: str, predictive: str = "flow", **changes: Any) -> EntityAR:
@@ -45,7 +61,8 @@ def small(kind: str, predictive: str = "flow", **changes: Any) -> EntityAR:
     noise = "clean" if (kind, predictive) == ("scale", "categorical") else "independent"
     sizes = {"num_classes": 3, "hidden_size": 32, "depths": (2, 1), "num_heads": 2, "grid": (8, 4), "latent_dim": 4}
     head = {"codebook_size": 11, "head_width": 64, "head_depth": 1, "predictive": predictive, "context_noise": noise}
-    model = EntityAR(**{**sizes, **head, **KINDS[kind], **changes})
+    own = KINDS[kind] if kind in KINDS else {"grid": (4, 4, 2), **CLIPS[kind]}
+    model = EntityAR(**{**sizes, **head, **own, **changes})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -92,7 +109,7 @@ def whole(model: EntityAR, tokens: Tensor, inputs: Tensor, labels: Tensor, x: Te
     return torch.cat([c.sigma * x + c.signal * velocity, share], -1)
 
 
-@pytest.mark.parametrize(("kind", "predictive", "network"), NETWORKS)
+@pytest.mark.parametrize(("kind", "predictive", "network"), NETWORKS + networks(CLIPS))
 def test_sampling_with_a_cache_is_the_teacher_forced_network(kind: str, predictive: str, network: Any) -> None:
     model, batch = small(kind, predictive, head_network=network), 2
     tokens, inputs = tokens_of(model, batch), inputs_of(model, batch)
@@ -109,7 +126,7 @@ def test_sampling_with_a_cache_is_the_teacher_forced_network(kind: str, predicti
     assert state.length == model.layout.length
 
 
-@pytest.mark.parametrize(("kind", "predictive"), GRID)
+@pytest.mark.parametrize(("kind", "predictive"), GRID + GRID_OF_CLIPS)
 def test_an_entity_is_predicted_from_those_before_it(kind: str, predictive: str) -> None:
     model = small(kind, predictive)
     groups, tokens, inputs = model.schedule(), tokens_of(model, 1), inputs_of(model, 1)
@@ -127,6 +144,31 @@ def test_an_entity_is_predicted_from_those_before_it(kind: str, predictive: str)
         assert not moved[: starts[i + 1]].any()
         if i + 1 < len(groups):
             assert moved[starts[i + 1] :].min() > 0
+
+
+def test_entities_of_clips_are_what_their_names_say() -> None:
+    def first(kind: str, **changes: Any) -> list[list[int]]:
+        return [[int(i) for i in group] for group in small(kind, **changes).schedule()[:2]]
+
+    assert first("clip-token") == [[0], [1]]
+    assert first("clip-frame") == [list(range(8)), list(range(8, 16))]
+    assert first("clip-row") == [[0, 1], [2, 3]] and first("clip-row", entity_size=(4, 2)) == first("clip-frame")
+    assert first("clip-cell") == [[0, 2, 8, 10], [1, 3, 9, 11]]  # two frames, two rows, one column
+    assert first("clip-subsample") == [[0, 4, 16, 20], [1, 5, 17, 21]]
+    assert first("clip-subsample", entity_size=(2, 1))[0] == [0, 4, 8, 12, 16, 20, 24, 28]  # in time all frames
+    assert len(first("clip-image")[0]) == 32
+    for kind in CLIPS:
+        assert torch.cat(small(kind).schedule()).sort().values.tolist() == list(range(32))
+
+
+def test_places_of_clips_differ_in_time_too() -> None:
+    """Tokens that differ in their frame alone are turned differently; those of one frame as the first axis says."""
+    table = small("clip-token").trunk.rotary.table.view(4, 4, 2, -1, 2)
+    for axis in range(3):
+        others = [a for a in range(3) if a != axis]
+        pairs = (table.diff(dim=axis).abs().amax((0, 1, 2, 4)) > 0).tolist()
+        elsewhere = [(table.diff(dim=a).abs().amax((0, 1, 2, 4)) > 0).tolist() for a in others]
+        assert any(pairs) and not any(a and b for other in elsewhere for a, b in zip(pairs, other, strict=True))
 
 
 def test_what_is_read_is_the_entity_before_place_by_place() -> None:
@@ -283,6 +325,29 @@ def test_a_pipeline_draws_images_the_same_in_any_batch(kind: str, predictive: st
     torch.testing.assert_close(found.images, one.images, **rounding)
 
 
+@pytest.mark.parametrize(("kind", "predictive"), GRID_OF_CLIPS)
+def test_clips_are_the_same_in_any_batch_and_keep_given_frames(kind: str, predictive: str) -> None:
+    model = small(kind, predictive, grid=(4, 4, 4))
+    frames = KLVAE if predictive != "categorical" else VQGAN
+    config = {k: v for k, v in tokenizer_of(kind, predictive).config.items() if not k.startswith("_")}
+    config |= {"grid": 4} if frames is VQGAN else {"image_size": 8}
+    tokenizer = FrameTokenizer(frames.__name__, config, 4).eval()
+    sampler: Any = NextGroupSampler() if model.discrete else ContinuousSampler(head_steps=2)
+    cond, null, rng = Cond(torch.arange(3)), Cond(torch.full((3,), 3)), Rng.from_seed(3, 3)
+    given = tokens_of(model, 3)  # of the first frame
+    keep = torch.arange(model.layout.length) < model.layout.length // 4
+
+    def draw(rows: slice) -> Tensor:
+        known, settings = (given[rows], keep), {"guidance_scale": 2.0}
+        return sampler.generate(tokenizer, model, cond[rows], rng[rows], null[rows], known, **settings).tokens
+
+    three, one = draw(slice(0, 3)), draw(slice(2, 3))
+    atol = 0.02 * float(three.abs().max()) if predictive == "diffusion" else 1e-3  # lively weights enlarge rounding
+    torch.testing.assert_close(three[2:], one, rtol=0, atol=atol)
+    assert torch.equal(three[:, keep], given[:, keep]) and not torch.equal(three, given)
+    assert tokenizer.decode(three).shape == (3, 3, 4, *tokenizer.image_size)
+
+
 def test_rewind_forgets_whole_entities() -> None:
     model = small("cell")
     first, second, *_ = model.schedule()
@@ -321,6 +386,12 @@ def test_rewind_forgets_whole_entities() -> None:
         ("cell", "flow", {"head_network": "conv"}, "token or entity"),
         ("cell", "flow", {"head_repeats": 0}, "at least 1"),
         ("cell", "flow", {"entity_size": 3}, "does not divide"),
+        ("cell", "flow", {"entity_size": (1, 2, 2)}, "2 to 2 sides"),
+        ("cell", "flow", {"entity": "frame"}, "for clips"),
+        ("cell", "flow", {"entity": "thing"}, "frame or image; got 'thing'"),
+        ("clip-cell", "flow", {"entity_size": (3, 2, 2)}, "3x2x2 does not divide a latent of 4x4x2"),
+        ("clip-cell", "flow", {"entity": "scale"}, "no tokenizer here codes clips by scales"),
+        ("clip-cell", "flow", {"control": {"kinds": ["canny"]}}, "a place in the image"),
         ("cell", "flow", {"head_width": 40}, "multiple of it"),
     ],
 )

@@ -44,6 +44,12 @@ def test_a_decoded_frame_depends_on_no_later_latent() -> None:
     a, b = model.decode(ids.flatten(1)), model.decode(other.flatten(1))
     torch.testing.assert_close(a[:, :, 0], b[:, :, 0], atol=1e-6, rtol=0)
     assert (a[:, :, 1:] - b[:, :, 1:]).abs().amax((0, 1, 3, 4)).min() > 1e-3
+    for latents, frames in ((1, 1), (2, 3)):
+        start = model.decode(ids[:, :latents].flatten(1))
+        torch.testing.assert_close(start, a[:, :, :frames], atol=1e-5, rtol=0)
+    for wrong in (3, 16):
+        with pytest.raises(ValueError, match="a latent frame has 4, a clip 1 to 3"):
+            model.decode(torch.zeros(1, wrong, dtype=torch.int64))
 
 
 def test_first_frames_have_the_first_tokens() -> None:

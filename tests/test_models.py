@@ -144,6 +144,11 @@ OFFICIAL_PARAMETERS = {
     "larp_tokenizer_l_long": 193_880_224,
     "larp_lp": 631_975_680,
     "larp_lp_frames": 633_157_120,
+    "nbp_ucf_base": 982_785_024,
+    "nbp_ucf_3b": 4_230_813_696,
+    "nbp_k600_base": 884_431_872,
+    "nbp_k600_3b": 4_034_107_392,
+    "magvit2_nbp": 370_372_105,
     "bae_1_16": 65_526_550,
     "bae_2_8": 65_526_550,
     "bae_2_10": 65_528_602,
@@ -215,6 +220,8 @@ def nothing(model: Any, cond: Cond) -> Cond | None:
 
 def at_once(model: Any, inputs: Tensor, cond: Cond) -> Tensor:
     """Teacher-forced logits of all positions."""
+    if hasattr(model, "teacher_forced"):
+        return model.teacher_forced(inputs, cond).logits
     control = {} if cond.control is None else {"control": cond.control, "control_weight": cond.control_weight}
     if cond.vector is not None:
         return model(inputs, cond.vector, **control)

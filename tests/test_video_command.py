@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from tests.test_models import tiny_pair
 from tests.test_video_pipeline import NAMES, SIDE, clip, parts
 from varkit import NextGroupSampler
 from varkit.cli import app
 from varkit.commands import common
 from varkit.data.video import open_videos, write_video
 from varkit.pictures import read_settings, titled_grids
+from varkit.pipelines.auto import assemble
 from varkit.pipelines.class_to_video import ClassToVideoPipeline
 
 RUN = CliRunner()
@@ -148,6 +150,28 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, pipe: ClassToVideoPipeline) 
     assert "--given 4: " in refused("--continue", tmp_path / "a.webp", "--given", 4)
     assert "more than 3 are needed" in refused("--continue", tmp_path / "a.webp", "--frames", 3)
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_a_saved_model_is_opened_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("varkit.commands.sample.open_pipeline", common.open_pipeline)
+    assemble(*tiny_pair("nbp_moving_fashion"), {}).save_pretrained(tmp_path / "model")
+    words = ["sample", str(tmp_path / "model"), "--num", "2", "--out", str(tmp_path / "x.npz"), "--json"]
+    assert said(RUN.invoke(app, words))["classes"] == [0, 1]
+    with np.load(tmp_path / "x.npz") as archive:
+        assert archive["arr_0"].shape == (2, 5, 8, 8, 3)
+    predict = tmp_path / "predict"
+    assemble(*tiny_pair("larp_moving_fashion_frames"), {}).save_pretrained(predict)
+    assert "predicts what follows first frames: give --continue CLIP" in refused_by(predict)
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    assert "knows no classes: leave --class out" in refused_by(
+        predict, "--continue", tmp_path / "a.png", "--class", "0"
+    )
+
+
+def refused_by(folder: Path, *words: Any) -> str:
+    result = RUN.invoke(app, ["sample", str(folder), "--out", str(folder / "x.npz"), *map(str, words)])
+    assert result.exit_code == 2
+    return result.stderr
 
 
 def test_models_of_images_take_no_options_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.test_models import liven
-from varkit import NextGroupSampler, Rng
+from tests.test_models import liven, tiny_pair
+from varkit import AutoPipeline, NextGroupSampler, Rng
 from varkit.data.video import open_videos, write_video
 from varkit.interfaces import Tokenizer
 from varkit.pictures import read_settings
@@ -282,6 +282,58 @@ def test_models_of_frame_prediction_read_the_padded_clip(pipe: ClassToVideoPipel
     ):
         with pytest.raises(ValueError, match=message):
             predict(**call)
+
+
+def test_larp_goes_on_from_frames_and_knows_no_other_way() -> None:
+    pipe = assemble(*tiny_pair("larp_moving_fashion_frames"), {})
+    pipe.set_progress_bar_config(disable=True)
+    given = clip(pipe, 2, count=2)
+    out = pipe(frames=given, seed=0, output_type="pt")
+    assert type(pipe) is ClassToVideoPipeline and out.class_labels is None
+    assert out.videos.shape[:2] == (2, pipe.num_frames) and torch.equal(as_bytes(out.videos)[:, :2], given)
+    one = pipe(frames=given[1], rng=Rng.from_seed(0, 2)[1:], output_type="pt").videos
+    assert torch.equal(one, out.videos[1:])
+    of_classes = assemble(*tiny_pair("larp_moving_fashion"), {})
+    with pytest.raises(ValueError, match="codes a clip as a whole"):
+        of_classes([0], frames=given)
+
+
+# ---- next-block prediction ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", name="nbp")
+def _nbp() -> ClassToVideoPipeline:
+    pipe = assemble(*tiny_pair("nbp_moving_fashion"), {"guidance_scale": 1.5})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_known_blocks_cost_no_steps(nbp: ClassToVideoPipeline) -> None:
+    frames, steps = nbp.num_frames, len(nbp.transformer.schedule())
+    given = clip(nbp, 3, count=2)
+    out = nbp([0, 1], frames=given, seed=0, output_type="pt", keep_given=False)
+    known = nbp.known_tokens(3)
+    per_block = nbp.transformer.layout.length // steps
+    assert out.stats["steps"] == steps - known // per_block < steps
+    free = nbp([0, 1], seed=0, output_type="pt")
+    assert free.stats["steps"] == steps and out.videos.shape == free.videos.shape == (2, frames, 3, 8, 8)
+    long = nbp([0], seed=0, num_frames=11, output_type="pt")
+    context = nbp.default_context()  # of a causal tokenizer one frame, or one more with each 2
+    assert context == 1 and long.videos.shape[1] == 11 and long.stats["windows"] == 3
+    with pytest.raises(ValueError, match="2"):
+        nbp([0], frames=given[:, :2], context_frames=2)
+    assert nbp([0], frames=given[:1, :2], seed=0, output_type="pt").videos.shape[1] == 2 + frames - 1  # reads the last
+
+
+def test_a_folder_opens_as_the_pipeline_that_it_is(nbp: ClassToVideoPipeline, tmp_path: Path) -> None:
+    nbp.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "ClassToVideoPipeline"
+    for opened in (AutoPipeline.from_pretrained(tmp_path), ClassToVideoPipeline.from_pretrained(tmp_path)):
+        assert type(opened) is ClassToVideoPipeline and opened.sampler.config.guidance_scale == 1.5
+        opened.set_progress_bar_config(disable=True)
+        assert torch.equal(
+            opened([1], seed=2, output_type="latent").videos, nbp([1], seed=2, output_type="latent").videos
+        )
 
 
 # ---- parts and folders --------------------------------------------------------------------------------------------

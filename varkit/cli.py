@@ -526,11 +526,15 @@ def convert(
         int | None,
         typer.Option(min=1, help="Tokens a side, where neither keys nor the file's name tell: 24 for 384 px."),
     ] = None,
+    class_texts: Annotated[
+        Path | None, typer.Option(help="Of NBP's files of UCF-101: JSON with the ids of each class's text.")
+    ] = None,
 ) -> None:
     """Released files <-> the diffusers folder format."""
     from varkit.checkpoints.convert import convert as run
 
-    for line in run(source, to, tokenizer=tokenizer, part=part, dtype=dtype, grid=grid):
+    options: dict[str, Any] = {"part": part, "dtype": dtype, "grid": grid, "class_texts": class_texts}
+    for line in run(source, to, tokenizer=tokenizer, **options):
         typer.echo(line)
 
 

@@ -1,5 +1,5 @@
-"""What one step of an autoregressive model over latents draws: the five entities of xAR (arXiv 2502.20388, Algorithm 1)
-and how they may be seen in training.
+"""What one step of an autoregressive model over latents draws: the five entities of xAR (arXiv 2502.20388, Algorithm
+1), for clips one more, and how they may be seen in training.
 
 | entity | tokens |
 |---|---|
@@ -7,7 +7,8 @@ and how they may be seen in training.
 | cell | a block of neighbouring positions |
 | subsample | positions evenly spaced over the whole grid |
 | scale | the whole picture at one size, coarse to fine |
-| image | everything at once |
+| frame | of a clip: one frame of the latent |
+| image | everything at once, of a clip all frames |
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from varkit.layout import Grid, square_grids
 
-Entity = Literal["token", "cell", "subsample", "scale", "image"]
+Entity = Literal["token", "cell", "subsample", "scale", "frame", "image"]
 ContextNoise = Literal["independent", "clean", "increasing", "decreasing"]
 """The times at which the entities before are noised in training: drawn independently, or sorted so that noise increases
 or decreases with the order; or `clean`: none."""
@@ -45,14 +46,21 @@ def entities(
     """How latents are cut: the grids of their tokens, and the positions (n,) of each entity, in order of prediction.
 
     Args:
-        grid: (h, w) of the latent.
-        size: of a cell, its side or (height, width) in tokens; of a subsample, how many tokens a side.
+        grid: (h, w) of the latent, or (t, h, w) of a clip's.
+        size: of a cell, its side, (height, width) or (frames, height, width) in tokens, in one frame where the number
+            is not given; of a subsample, how many tokens a side, and in time, else all frames.
         scales: of entity scale, the sides; None halves the grid again and again.
     Raises: ValueError when there is no such entity, or it does not divide the grid.
     """
-    height, width = grid
-    every = torch.arange(height * width)
+    frames, height, width = grid if len(grid) == 3 else (1, *grid)
+    shown = "x".join(map(str, grid))
+    every = torch.arange(frames * height * width)
     if entity == "scale":
+        if len(grid) == 3:
+            raise ValueError(
+                f"entity scale is for images: no tokenizer here codes clips by scales; a clip's latent of {shown} is "
+                f"drawn by token, cell, subsample, frame or image"
+            )
         grids = halves((height, width)) if scales is None else square_grids(scales)
         if grids[-1] != (height, width):
             raise ValueError(f"the last of the scales must be the whole latent, {height}x{width}; got {scales}")
@@ -62,22 +70,32 @@ def entities(
                 f"entity image"
             )
         return grids, list(torch.arange(sum(h * w for h, w in grids)).split([h * w for h, w in grids]))
+    whole = (tuple(grid),)
     if entity == "token":
-        return ((height, width),), list(every.split(1))
+        return whole, list(every.split(1))
     if entity == "image":
-        return ((height, width),), [every]
+        return whole, [every]
+    if entity == "frame":
+        if len(grid) != 3:
+            raise ValueError(f"entity frame is for clips, with a latent of (t, h, w); got {shown}")
+        return whole, list(every.split(height * width))
     if entity not in ("cell", "subsample"):
-        raise ValueError(f"entity must be token, cell, subsample, scale or image; got {entity!r}")
+        raise ValueError(f"entity must be token, cell, subsample, scale, frame or image; got {entity!r}")
     if size is None:
         raise ValueError(f"a {entity} needs its size (entity_size)")
-    down, across = (size, size) if isinstance(size, int) else size
-    if down < 1 or across < 1 or height % down or width % across:
-        raise ValueError(f"a {entity} of {down}x{across} does not divide a latent of {height}x{width}")
+    sides = (size, size) if isinstance(size, int) else tuple(size)
+    if not 2 <= len(sides) <= len(grid):
+        raise ValueError(f"a {entity} of a latent of {shown} has 2 to {len(grid)} sides; got entity_size {list(sides)}")
+    deep, down, across = sides if len(sides) == 3 else (1 if entity == "cell" else frames, *sides)
+    if min(deep, down, across) < 1 or frames % deep or height % down or width % across:
+        raise ValueError(f"a {entity} of {'x'.join(map(str, sides))} does not divide a latent of {shown}")
     if entity == "cell":
-        cut = every.view(height // down, down, width // across, across).permute(0, 2, 1, 3)
+        cut = every.view(frames // deep, deep, height // down, down, width // across, across)
+        cut = cut.permute(0, 2, 4, 1, 3, 5)
     else:
-        cut = every.view(down, height // down, across, width // across).permute(1, 3, 0, 2)
-    return ((height, width),), list(cut.reshape(-1, down * across))
+        cut = every.view(deep, frames // deep, down, height // down, across, width // across)
+        cut = cut.permute(1, 3, 5, 0, 2, 4)
+    return whole, list(cut.reshape(-1, deep * down * across))
 
 
 def group_of(sizes: Sequence[int]) -> Tensor:

@@ -199,9 +199,12 @@ def _body(folder: Path, name: str, parts: dict[str, dict[str, Any]], report: Rep
     sections = [f"# {name.split('/')[-1]}"]
     table = [{"part": k, "class": v["class"], "numbers stored": f"{v['numbers']:,}"} for k, v in parts.items()]
     if (folder / "model_index.json").is_file():
-        use = f'from varkit import AutoPipeline\n    images = AutoPipeline.from_pretrained("{name}")(seed=0).images'
-        sections.append(f"    varkit sample {name} --num 8 --out grid.png\n\n    {use}")
-        labels = json.loads((folder / "model_index.json").read_text(encoding="utf-8")).get("id2label")
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        clips = index.get("_class_name") == "ClassToVideoPipeline"
+        made, out = ("videos", "clips.gif") if clips else ("images", "grid.png")
+        use = f'from varkit import AutoPipeline\n    {made} = AutoPipeline.from_pretrained("{name}")(seed=0).{made}'
+        sections.append(f"    varkit sample {name} --num 8 --out {out}\n\n    {use}")
+        labels = index.get("id2label")
         if isinstance(labels, dict) and len(labels) <= 20:
             sections.append("Classes: " + ", ".join(f"{k} {v}" for k, v in labels.items()) + ".")
     else:

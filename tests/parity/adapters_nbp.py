@@ -85,7 +85,7 @@ def _(case: Case) -> Answers:
 @adapter("nbp", "transformer", "attention_mask")
 def _(case: Case) -> Answers:
     model, _ = generator_of(case)
-    mask = model.mask()
+    mask = model.seen
     assert len(mask) == case.settings["seq_len"] and model.prefix_length == case.settings["condition_length"]
     return {"mask": mask.to(torch.uint8)}
 

@@ -37,6 +37,7 @@ def convert(
     part: str = "transformer",
     dtype: str = "float32",
     grid: int | None = None,
+    class_texts: Path | None = None,
 ) -> list[str]:
     """Convert and return what to tell the user.
 
@@ -47,6 +48,7 @@ def convert(
         part: back, from a pipeline: `transformer` or `image_tokenizer`.
         dtype: of the folder's weights.
         grid: tokens a side, of a file whose name and keys do not tell it (LlamaGen's; 24 for 384 px).
+        class_texts: JSON, a list of ids for each class: of a model that reads texts of classes (NBP of UCF-101).
     Raises: ValueError or FileNotFoundError before anything is written.
     """
     if dtype not in ("float32", "bfloat16", "float16"):
@@ -57,7 +59,10 @@ def convert(
         raise ValueError(f"{source} is a file already; --to must be a folder, got {to}")
     if to.exists() and any(to.iterdir()):
         raise ValueError(f"{to} is not empty; choose a new folder")
-    model = load_official(source, **({} if grid is None else {"grid": grid})).to(getattr(torch, dtype))
+    options: dict[str, Any] = {} if grid is None else {"grid": grid}
+    if class_texts is not None:
+        options["class_texts"] = _read_texts(class_texts)
+    model = load_official(source, **options).to(getattr(torch, dtype))
     licence = format_of_model(model).release.licence
     if isinstance(model, Generator | Student) and tokenizer is not None:
         from varkit.pipelines.auto import assemble, load_official_tokenizer
@@ -73,6 +78,19 @@ def convert(
         lines = [f"wrote {type(model).__name__} into {to}"]
     _write_card(to, source, model)
     return [*lines, f"licence of the weights: {licence}"]
+
+
+def _read_texts(path: Path) -> list[list[int]]:
+    """Raises: ValueError unless the file holds a JSON list of lists of whole numbers."""
+    try:
+        texts = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(texts, list) or not all(isinstance(t, list) and all(type(i) is int for i in t) for t in texts):
+        raise ValueError(
+            f"{path} must hold a list of lists, the ids of each class's text, such as [[2, 1, 15, 7], ...]"
+        )
+    return texts
 
 
 def _write_card(folder: Path, source: Path, model: Any) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import zipfile
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def load_official(path: str | Path, **overrides: Any) -> nn.Module:
     for name, value in kind.settings(Path(path)).items():
         nested = isinstance(value, Mapping) and isinstance(arguments.get(name), Mapping)
         arguments[name] = {**arguments[name], **value} if nested else value
+    unknown = sorted(overrides.keys() - signature(kind.model_class().__init__).parameters.keys())
+    if unknown:
+        raise ValueError(f"{path} is a file of {kind.name}, which has no {', '.join(unknown)}")
     return build_official(state, str(path), **{**arguments, **overrides})
 
 

@@ -1,6 +1,7 @@
 """Any entity, any predictive: what a step draws and what it is drawn by are two independent choices.
 
-The entities are those of xAR (token, cell, subsample, scale, image; Ren et al., arXiv 2502.20388), the predictives a
+The entities are those of xAR (token, cell, subsample, scale, image; Ren et al., arXiv 2502.20388) and, of clips, a
+frame; the predictives a
 categorical over ids, a flow, or a diffusion of latents. A transformer that is causal over entities reads those before
 and says a vector for each token of the next, as VAR and FlowAR do over scales; a head draws the tokens from these
 vectors. No paper has the whole grid, so no released weights fit.
@@ -34,6 +35,7 @@ from varkit.entities import (
     group_of,
     sorted_times,
 )
+from varkit.heads.categorical import Categorical
 from varkit.heads.entity import CategoricalHead, EntityDiffusion, EntityFlow, Network, PredictiveKind
 from varkit.heads.flow import SigmaKind, add_noise
 from varkit.hub import HubMixin
@@ -45,6 +47,7 @@ from varkit.registry import ModelEntry, register_model
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.kl_vae import KLVAE
 from varkit.tokenizers.latent_pyramid import LatentPyramid
+from varkit.tokenizers.magvit2 import TINY as MAGVIT2_TINY
 
 
 class EntityState(State):
@@ -82,7 +85,7 @@ class EntityAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     Args:
         num_classes: not counting the null class.
         hidden_size, depths, num_heads: of the two stacks of the transformer.
-        grid: (h, w) of the latent, or of the ids.
+        grid: (h, w) of the latent, or of the ids; (t, h, w) of those of clips.
         latent_dim: C of the latents; of ids at scales, that of the vectors which the tokenizer hands on.
         entity, entity_size, scales: see `varkit.entities.entities`.
         predictive: `categorical`, over `codebook_size` ids; or `flow` or `diffusion`, of latents.
@@ -154,8 +157,7 @@ class EntityAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
                 f"ids at scales are read as sums of codes, which only the tokenizer can make of other ids: "
                 f"context_noise must be clean; got {context_noise}"
             )
-        height, width = grid
-        grids, groups = entities((height, width), entity, entity_size, scales)
+        grids, groups = entities(tuple(grid), entity, entity_size, scales)
         self.layout = TokenLayout(grids, codebook_size if self.discrete else None, latent_dim)
         self.sampler = "NextGroupSampler" if self.discrete else "ContinuousSampler"
         self.num_classes, self.sizes = num_classes, [len(g) for g in groups]
@@ -265,6 +267,19 @@ class EntityAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
         z, hidden = self.trunk(x, cond, where, mask=mask, group=group, hidden_layer=hidden_layer, added=added)
         return z if hidden_layer is None else (z, hidden)
 
+    def teacher_forced(self, inputs: Tensor, cond: Cond) -> Categorical:
+        """What is predicted everywhere at once, given true inputs that are clean: one pass. No condition is dropped.
+
+        Args: inputs: (B, L) ids, each the token before; the first is not read, and the last token nothing reads.
+        Raises: ValueError of latents, and at scales.
+        """
+        if not isinstance(self.head, CategoricalHead) or self.by_scale:
+            raise ValueError("teacher_forced is of ids that are no scales: a flow or a diffusion has no logits")
+        tokens = torch.cat([inputs[:, 1:], inputs[:, :1]], 1)
+        times = torch.zeros(len(inputs), len(self.sizes), device=inputs.device)
+        z = self(self.shifted(tokens, inputs), times, cond.labels, None, cond.control, cond.control_weight)
+        return Categorical(self.head.linear(z).float()[:, self.order.argsort()])
+
     # ---- sampling -----------------------------------------------------------------------------------------
 
     def schedule(self, num_steps: int | None = None) -> list[Tensor]:
@@ -357,7 +372,7 @@ def _builder(**preset: Any) -> Callable[..., EntityAR]:
     return lambda **overrides: cast(EntityAR, EntityAR(**{**preset, **overrides}))
 
 
-_TINY = {
+_TINY: dict[str, Any] = {
     "num_classes": 3,
     "hidden_size": 32,
     "depths": (1, 1),
@@ -368,7 +383,8 @@ _TINY = {
     "head_width": 64,
     "head_depth": 1,
 }
-_FASHION = {
+_TINY_CLIPS = {"grid": (3, 2, 2), "latent_dim": 3, "codebook_size": 24}
+_FASHION: dict[str, Any] = {
     "num_classes": 10,
     "hidden_size": 128,
     "depths": (3, 3),
@@ -380,6 +396,28 @@ _FASHION = {
     "head_width": 128,
     "head_depth": 2,
 }
+register_model(
+    ModelEntry(
+        "entity_moving_fashion",
+        "generator",
+        _builder(
+            **{
+                **_FASHION,
+                "num_classes": 30,
+                "grid": (5, 8, 8),
+                "entity": "frame",
+                "entity_size": None,
+                "predictive": "categorical",
+                "codebook_size": 1000,
+                "context_noise": "clean",
+            }
+        ),
+        "any entity of moving garments, 17 frames of 32x32; latent frames of ids, 2.9 M parameters",
+        tokenizer="magvit2_moving_fashion",
+        tiny={**_TINY, "entity": "frame", "entity_size": None, **_TINY_CLIPS},
+        tiny_tokenizer=MAGVIT2_TINY,
+    )
+)
 register_model(
     ModelEntry(
         "entity_fashion",

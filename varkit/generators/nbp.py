@@ -44,18 +44,23 @@ from varkit.layers.modulated import block_mask
 from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
+from varkit.tokenizers.magvit2 import TINY as TINY_TOKENIZER
 
 Block = int | Literal["token", "row", "frame"]
 
 
 def block_size(block: Block, grid: Sequence[int]) -> int:
-    """How many tokens a block has on a grid (t, h, w). Raises ValueError naming what is allowed."""
-    named = {"token": 1, "row": grid[-1], "frame": grid[-1] * grid[-2]}
+    """How many tokens a block has on a grid (t, h, w). Raises ValueError naming what is allowed.
+
+    It divides the tokens of the clip: a smaller last block would not read all of the one before it.
+    """
+    named, length = {"token": 1, "row": grid[-1], "frame": grid[-1] * grid[-2]}, math.prod(grid)
     size = named.get(block, 0) if isinstance(block, str) else block
-    if not 1 <= size <= math.prod(grid):
+    if size < 1 or length % size:
         raise ValueError(
-            f"block must be token, row, frame, or a number of tokens, 1 to {math.prod(grid)} on the grid "
-            f"{'x'.join(map(str, grid))}; got {block!r}"
+            f"block must be token, row, frame, or a number that divides the {length} tokens of the grid "
+            f"{'x'.join(map(str, grid))}: {', '.join(str(n) for n in range(1, length + 1) if length % n == 0)}; got "
+            f"{block!r}"
         )
     return size
 
@@ -137,7 +142,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         num_classes: not counting the null class; 0 for a model without condition. Of a model of texts, see there.
         depth, hidden_size, num_heads: of the transformer.
         grid: (t, h, w) of the tokens.   codebook_size, latent_dim: of the tokenizer.
-        block: `token`, `row`, `frame` or a number of tokens; the last block is smaller where it does not divide.
+        block: `token`, `row`, `frame` or a number of tokens that divides those of the clip.
         first: what is read in place of the first block: `begin`, `hybrid` or `given`, see the module.
         text_length, text_vocab: of the class's text, and of the text tokenizer; 0 for models of classes.
         class_texts: for each class the `text_length` ids of its text. None: no class is known, none can be drawn.
@@ -157,6 +162,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
     free_arguments = frozenset({"dropout", "cond_drop_rate", "class_texts"})
     """These: see `varkit.training.finetune.Tunable`."""
 
+    seen: Tensor  # S S bool, by each entry: the condition, its own group and all groups before it
     source: Tensor  # L: for each token, the token that is read to predict it; below 0 learned ones, from -1
     texts: Tensor  # classes x P, joint ids; of models of texts
 
@@ -199,13 +205,14 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         self.offset = self.specials + text_vocab  # joint id of video id 0
         self.skip = size if first == "given" else 0  # first tokens that are not predicted
         starts = [1] * size if first == "hybrid" else [size]
-        rest = length - size
-        self.sizes = starts + [size] * (rest // size) + [rest % size] * bool(rest % size)
+        self.sizes = starts + [size] * (length // size - 1)
         self.prefix_length = text_length or int(self.num_classes > 0)
         entries = self.prefix_length + length - self.skip
         if max_positions is not None and max_positions < entries:
             raise ValueError(f"max_positions {max_positions} are fewer than the {entries} entries of the sequence")
         self.register_buffer("source", self._sources(), persistent=False)
+        groups = self.sizes[int(self.skip > 0) :]
+        self.register_buffer("seen", block_mask([self.prefix_length, *groups]), persistent=False)
         if text_length:
             texts = torch.tensor(class_texts or [[0] * text_length], device="cpu")
             self.register_buffer("texts", texts + self.specials, persistent=False)
@@ -296,10 +303,6 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
             return self.class_emb(labels)[:, None]
         return weight.new_zeros(len(labels), 0, weight.shape[1])
 
-    def mask(self) -> Tensor:
-        """What each entry of the sequence sees, (S, S) bool: the condition, its own group and all groups before it."""
-        return block_mask([self.prefix_length, *self.sizes[int(self.skip > 0) :]])
-
     # ---- the network --------------------------------------------------------------------------------------
 
     def forward(
@@ -325,7 +328,7 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         read = self.read_ids(self.joint_ids(inputs[:, 1:]), 0, count)
         x = torch.cat([self.prefix(class_labels), self.tok_emb(read)], 1)
         x = self.drop(x + self.pos_emb[:, : x.shape[1]])
-        mask = self.mask()[: x.shape[1], : x.shape[1]].to(x.device)
+        mask = self.seen[: x.shape[1], : x.shape[1]]
         hidden = x
         for i, block in enumerate(self.blocks, 1):
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -403,7 +406,8 @@ class NBP(HubMixin, ModelMixin, ConfigMixin, Generator):
         x = torch.cat([state.prefix, x], 1) if begin == 0 else x
         at = state.cache.length
         end = at + x.shape[1]
-        mask = self.mask()[at:end, :end].to(x.device)
+        one = begin > 0 and not any(begin < e < begin + count for e in state.ends)  # group: it sees all that is there
+        mask = None if one else self.seen[at:end, :end]
         x = x + self.pos_emb[:, at:end]
         for i, block in enumerate(self.blocks):
             x = block(x, mask, state.cache, i)
@@ -497,17 +501,6 @@ TINY: dict[str, Any] = {
     "text_vocab": 0,
     "max_positions": None,
 }
-_TINY_TOKENIZER: dict[str, Any] = {
-    "num_frames": 5,
-    "image_size": 8,
-    "base_channels": 8,
-    "widths": (8, 16, 16),
-    "num_units": (0, 1, 1),
-    "strides": ((1, 2, 2), (2, 2, 2)),
-    "levels": (4, 3, 2),
-    "norm_groups": 4,
-}
-
 for _size, (_depth, _width, _heads, _count) in SIZES.items():
     for _data, _kind in (("ucf", HYBRID), ("k600", GIVEN)):
         register_model(
@@ -518,7 +511,7 @@ for _size, (_depth, _width, _heads, _count) in SIZES.items():
                 f"NBP-{_size} of {'UCF-101, from texts' if _data == 'ucf' else 'Kinetics-600, from frames'}: {_count}",
                 tokenizer="magvit2_nbp",
                 tiny={**TINY, "first": "hybrid" if _data == "ucf" else "begin"},
-                tiny_tokenizer=_TINY_TOKENIZER,
+                tiny_tokenizer=TINY_TOKENIZER,
             )
         )
 register_model(
@@ -537,7 +530,7 @@ register_model(
         "moving garments, 17 frames of 32x32, row by row: 3.1 M parameters",
         tokenizer="magvit2_moving_fashion",
         tiny={**TINY, "first": "begin"},
-        tiny_tokenizer=_TINY_TOKENIZER,
+        tiny_tokenizer=TINY_TOKENIZER,
     )
 )
 

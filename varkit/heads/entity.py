@@ -60,7 +60,8 @@ class LatentHead(nn.Module):
 
     Args:
         channels: C.   outputs: numbers predicted a token.   context: D.   width, depth: of the network.
-        network: `token` or `entity`, see the module.   places: (L, 2), row and column of each token.
+        network: `token` or `entity`, see the module.
+        places: (L, 2), row and column of each token, or (L, 3), frame first.
         sizes: tokens of each entity, in order.   repeats: draws of noise and time in a training step, for one pass of
             the backbone.
     Raises: ValueError on another network or no draw.

@@ -118,7 +118,7 @@ class FlowHead(nn.Module):
     Args:
         channels, context, width: C, D, W.   depth: of the blocks.
         cross: blocks with cross-attention (the released L and H), else attention and MLP alone (S).
-        places: (L, 2), row and column of each token.
+        places: (L, 2), row and column of each token, or (L, 3), frame first.
         outputs: numbers predicted a token; None is C, a velocity.
     Raises: ValueError when the width is no multiple of 64.
     """

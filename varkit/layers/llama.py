@@ -27,12 +27,14 @@ def rotary_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
 
 
 class Rotary(nn.Module):
-    """Rotates queries and keys by their place in the grid: half of each head by the row, half by the column.
+    """Rotates queries and keys by their place in the grid: half of each head by the row, half by the column; of clips
+    a third each by the frame (and what is left over), the row and the column.
 
     Adjacent numbers are a pair. The first `prefix` positions have cosine and sine 0, so they become zero vectors.
     Each position has `repeats` entries of the sequence, one after the other.
 
-    Args: grid: (h, w), in raster order; or the places themselves, (L, 2) rows and columns, whole or not.
+    Args: grid: (h, w), in raster order; or the places themselves, (L, 2) rows and columns, whole or not, or (L, 3)
+        frames, rows and columns.
     """
 
     cos: Tensor  # T+L 1 D/2 1
@@ -42,14 +44,13 @@ class Rotary(nn.Module):
         self, grid: Grid | Tensor, head_dim: int, base: float = 10000.0, prefix: int = 1, repeats: int = 1
     ) -> None:
         super().__init__()
-        frequencies = rotary_frequencies(head_dim, base)
-        if isinstance(grid, Tensor):
-            rows, columns = grid.unbind(1)
-        else:
+        if not isinstance(grid, Tensor):
             height, width = grid
-            rows = torch.arange(height).repeat_interleave(width)
-            columns = torch.arange(width).repeat(height)
-        angles = torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], 1)  # L D/2
+            grid = torch.stack([torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)], 1)
+        axes, pairs = grid.shape[1], head_dim // 2
+        shares = [pairs // axes + (pairs % axes if axis == 0 else 0) for axis in range(axes)]
+        each = [rotary_frequencies(4 * share, base) for share in shares]
+        angles = torch.cat([grid[:, i, None] * each[i] for i in range(axes)], 1)  # L D/2
         table = F.pad(torch.stack([angles.cos(), angles.sin()], -1), (0, 0, 0, 0, prefix, 0))
         table = table.repeat_interleave(repeats, 0)
         self.register_buffer("cos", table[:, None, :, :1].clone(), persistent=False)

@@ -56,7 +56,12 @@ def block_mask(sizes: Sequence[int]) -> Tensor:
 
 
 def places(grids: Sequence[Grid]) -> Tensor:
-    """(L, 2) float32, row and column of each token, in steps of the last grid: the grids lie over one another."""
+    """(L, 2) float32, row and column of each token, in steps of the last grid: the grids lie over one another.
+
+    Of a grid (t, h, w) of clips (L, 3), the frame first.
+    """
+    if len(grids[-1]) == 3:
+        return torch.cartesian_prod(*[torch.arange(float(side)) for side in grids[-1]])
     height, width = grids[-1]
     each = [torch.cartesian_prod(torch.arange(h) * (height / h), torch.arange(w) * (width / w)) for h, w in grids]
     return torch.cat(each)
@@ -161,7 +166,8 @@ class ModulatedBlock(nn.Module):
 class Trunk(nn.Module):
     """Two stacks of modulated blocks, each with positions learned token by token in the order of prediction.
 
-    Args: depths: of the two.   places: (L, 2), row and column of each token in the order of prediction.
+    Args: depths: of the two.   places: (L, 2), row and column of each token in the order of prediction, or (L, 3),
+        frame first.
     """
 
     _gradient_checkpointing_func: Callable[..., Tensor]  # diffusers sets it

@@ -116,9 +116,12 @@ def evaluate(
         from varkit.metrics.evaluate_videos import evaluate_videos
 
         if lengths or steps:
-            raise ValueError("--tokens and --steps go with models and tokenizers of images; videos have none to choose")
-        return evaluate_videos(generated, reference, rules, how)
-    if rules.kind == "reconstruction":
+            raise ValueError("--tokens and --steps go with models and tokenizers of images; leave them out for videos")
+        return evaluate_videos(
+            generated, reference, rules, how, split=split, root=root, guidance=guidance, sampling=sampling,
+            bounds=bounds
+        )  # fmt: skip
+    if rules.kind.endswith("reconstruction"):
         if steps:
             raise ValueError("steps (--steps) are a model's; under a protocol of reconstructions nothing is sampled")
         from varkit.metrics.evaluate_reconstructions import evaluate_reconstructions
@@ -201,10 +204,10 @@ def prepare(
         raise ValueError(f"--out {out} must end in .npz")
     rules = load_protocol(protocol, overrides)
     network = open_network(rules, options.weights, options.where, download=options.download)
-    if rules.kind == "videos":
+    if rules.kind.startswith("video"):
         from varkit.metrics.evaluate_videos import prepare_videos
 
-        return prepare_videos(source, rules, network, options, out)
+        return prepare_videos(source, rules, network, options, out, split=split, root=root)
     sizes = rules.images.sizes
     wanted = (size, size) if size else (sizes[0] if len(sizes) == 1 else None)
     rule = fit or (rules.images.fit if rules.images.fit != "none" or wanted is None else "center")

@@ -15,8 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from varkit import registry
+from varkit.data.clips import CLIP_DATASETS
 from varkit.data.images import DATASETS
 from varkit.metrics.checks import check_images
+from varkit.metrics.clip_pairs import channels_first, clip_pairs, pictured
 from varkit.metrics.collect import Collected, process
 from varkit.metrics.evaluate import SHEET, Options, add_curves, new_report
 from varkit.metrics.fid import FeatureStatistics, frechet_contributions, frechet_distance
@@ -43,6 +45,8 @@ HOW = {
     "lpips-squeeze": ("LPIPS (squeeze)", "lower", "SqueezeNet 1.1, version 0.1, mean over images"),
 }
 
+CLIPS_HOW = {"psnr": "dB, of the error of a whole clip, mean over clips, 8 bits"}
+
 Back = Callable[[Tensor, Sequence[int]], Iterator[tuple[int | None, Tensor, Tensor | None]]]
 """uint8 originals (B, 3, H, W) and their indices -> for each length: it, uint8 reconstructions, ids or None."""
 
@@ -68,32 +72,24 @@ def evaluate_reconstructions(
     distance = "frechet" in protocol.metrics
     network = open_network(protocol, options.weights, where, download=options.download) if distance else None
     tokenizer = _tokenizer(generated)
+    named = isinstance(reference, str) and reference in (*DATASETS, *CLIP_DATASETS)
+    split = split or ("test" if named else None)
     if tokenizer is not None:
-        tokenizer.to(where)
-        size = tuple(tokenizer.image_size)
         _check_lengths(tokenizer, lengths)
+    elif lengths:
+        raise ValueError("lengths need a tokenizer; reconstructions that are there have one length")
+    opening = {"split": split, "root": root}
+    if protocol.kind == "video-reconstruction":
+        originals, back, name = clip_pairs(generated, tokenizer, reference, protocol, where, **opening)
     else:
-        if lengths:
-            raise ValueError("lengths need a tokenizer; reconstructions that are there have one length")
-        given = open_set(generated, protocol, generated=True)
-        size = given.size
-    split = split or ("test" if isinstance(reference, str) and reference in DATASETS else None)
-    originals = open_set(reference, protocol, split=split, root=root, size=size, fit=protocol.images.fit)
+        originals, back, name = _image_pairs(generated, tokenizer, reference, protocol, where, lengths, **opening)
     check_images(originals, originals, protocol, network, None)
-    if tokenizer is None:
-        check_images(given, originals, protocol, network, None)
     lpips = _lpips(protocol, originals, options)
     found = (
         None
         if network is None
         else reference_of(originals, protocol, network, rows=False, cache=options.cache, **options.running)
     )
-    name = (
-        given.name
-        if tokenizer is None
-        else str(generated if isinstance(generated, str | Path) else type(tokenizer).__name__)
-    )
-    back = _given(given) if tokenizer is None else _through(tokenizer, where, protocol, lengths)
     seen = _run(originals, back, network, protocol, lpips, options, _layout(tokenizer, protocol))
     plain = Reference(originals.source, originals.kind, originals.hash(), len(originals))
     report = new_report(protocol, [network], found or plain, options)
@@ -102,6 +98,32 @@ def evaluate_reconstructions(
         report.results.append(_result(name, length, one, originals, protocol, network, found))
     add_curves(report.results)
     return report
+
+
+def _image_pairs(
+    generated: Any,
+    tokenizer: Any | None,
+    reference: Any,
+    protocol: Protocol,
+    device: torch.device,
+    lengths: Sequence[int],
+    split: str | None,
+    root: str | None,
+) -> tuple[ImageSet, Back, str]:
+    """The originals, how to get what is compared with them, and what that is called."""
+    opening: dict[str, Any] = {"split": split, "root": root, "fit": protocol.images.fit}
+    if tokenizer is None:
+        given = open_set(generated, protocol, generated=True)
+        originals = open_set(reference, protocol, size=given.size, **opening)
+        check_images(originals, originals, protocol, None, None)
+        check_images(given, originals, protocol, None, None)
+        return originals, _given(given), given.name
+    if getattr(tokenizer, "num_frames", None) is not None:
+        raise ValueError(f"{type(tokenizer).__name__} codes clips; {protocol.name} scores images (docs/video.md)")
+    originals = open_set(reference, protocol, size=tuple(tokenizer.image_size), **opening)
+    name = str(generated if isinstance(generated, str | Path) else type(tokenizer).__name__)
+    tokenizer.to(device)
+    return originals, _through(tokenizer, device, protocol, lengths), name
 
 
 def _tokenizer(source: Any) -> Any | None:
@@ -138,8 +160,8 @@ def _lpips(protocol: Protocol, originals: ImageSet, options: Options) -> list[LP
             models.append(model.to(options.where))
             smallest[metric] = model.smallest
     for metric in protocol.metrics:
-        if min(originals.size) < smallest.get(metric, 0):
-            height, width = originals.size
+        height, width = originals.size[-2:]
+        if min(height, width) < smallest.get(metric, 0):
             raise ValueError(
                 f"{metric} needs {smallest[metric]} pixels a side; images are {height}x{width}. Leave it out"
             )
@@ -220,13 +242,14 @@ def _run(
             indices = range(position, position + len(batch))
             for length, made, ids in back(batch, indices):
                 one = found.setdefault(length, Seen(lpips, layout))
-                one.metrics.update(made, batch.to(made.device))
+                one.metrics.update(channels_first(made), channels_first(batch).to(made.device))
                 if one.use is not None and ids is not None:
                     one.use.update(ids[:, :length], first=length is not None)
                 if network is not None:
                     one.take(network(made.to(options.where), ["features"])["features"].detach().cpu(), protocol)
                 for i in shown.intersection(indices):
-                    one.made.pictures[i] = torch.cat([batch[i - position], made[i - position].cpu()], 2)
+                    pair = (pictured(batch[i - position]), pictured(made[i - position].cpu()))
+                    one.made.pictures[i] = torch.cat(pair, 2)
                 one.made.num += len(batch)
             position += len(batch)
             bar.update(len(batch))
@@ -298,7 +321,11 @@ def _result(
             values = seen.per_image[metric.replace("-", "_")]
             value = float(values.mean())
             label, better, how = HOW[metric]
+            if protocol.kind == "video-reconstruction":
+                how = CLIPS_HOW.get(metric, how.replace("over images", "over frames and clips"))
             result.scores.append(Score(metric, label, value, *_interval(value, values, protocol), better, how))  # type: ignore[arg-type]
     shown = [to_pil(one[None].float().div(127.5).sub(1))[0] for _, one in sorted(seen.made.pictures.items())]
-    result.pictures["Originals (left) and reconstructions (right)"] = grid(shown, 8)
+    result.pictures["Originals (left) and reconstructions (right)"] = grid(
+        shown, 8 if protocol.kind == "reconstruction" else 2
+    )
     return result

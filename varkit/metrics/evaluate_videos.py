@@ -2,99 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varkit.data.video import ClipBatches, ClipRule, VideoSet, clips, open_videos
+from varkit.data.video import ClipRule, VideoSet, clips, open_videos
 from varkit.metrics.checks import check_images, check_statistics
 from varkit.metrics.collect import collect, gathered, process
 from varkit.metrics.evaluate import Options, new_report, wanted_of
 from varkit.metrics.networks import FeatureNetwork, open_network
 from varkit.metrics.protocol import Protocol
-from varkit.metrics.reference import Reference, chosen, is_statistics, read_statistics, reference_of
+from varkit.metrics.reference import Reference, is_statistics, read_statistics, reference_of
 from varkit.metrics.report import Report, Result
 from varkit.metrics.scores import NEED_FEATURES, Context, score
-from varkit.metrics.sets import ImageSet, hash_arrays
+from varkit.metrics.sets import ImageSet
+from varkit.metrics.sources import is_model
+from varkit.metrics.video_sources import as_set, clip_set, first_clips, model_clips
 from varkit.pictures import grid, to_pil
+from varkit.pipelines.auto import AutoPipeline
 
 ENOUGH = 2048
 """Videos below which a Frechet distance says little; the usual number."""
 SHOWN = 8
 """Clips of a contact sheet, one a row."""
-
-
-def clip_set(source: Any, protocol: Protocol, *, generated: bool) -> ImageSet:
-    """Videos as a set of clips, (T, H, W, 3) each; headers are read and lengths and sizes checked now.
-
-    Raises: FileNotFoundError; ImportError without PyAV; ValueError as `varkit.data.video.clips`.
-    """
-    if isinstance(source, ImageSet):
-        return source
-    rule = protocol.clips
-    videos = source if isinstance(source, VideoSet) else open_videos(source)
-    start = rule.start_generated if generated else rule.start_real
-    cut = ClipRule(frames=rule.frames, stride=rule.stride, start=start, short=rule.short, seed=rule.seed)
-    plan = clips(videos, cut, resize=rule.load_size, quantize=rule.quantise if rule.load_size else "none")
-    if not generated and rule.real is not None:
-        if len(plan.plan) < rule.real:
-            raise ValueError(
-                f"{videos.source} holds {len(plan.plan):,} videos that are long enough; the protocol {protocol.name} "
-                f"takes {rule.real:,} real ones (--set clips.real=null takes all)"
-            )
-        plan.plan = [plan.plan[i] for i in chosen(len(plan.plan), rule.real)]
-    return _as_set(plan, (rule.frames,))
-
-
-def _as_set(plan: ClipBatches, frames: tuple[int, ...]) -> ImageSet:
-    videos = plan.videos
-    if plan.resize is None:
-        size = videos.size(plan.plan[0][0])
-        for index, _, _ in plan.plan:
-            if videos.size(index) != size:
-                (h, w), (a, b) = size, videos.size(index)
-                first, other = videos.names[plan.plan[0][0]], videos.names[index]
-                raise ValueError(
-                    f"{videos.source}: {first} is {h}x{w}, {other} {a}x{b}; a score needs one size, or a protocol with "
-                    "clips.load_size"
-                )
-    else:
-        size = (plan.resize, plan.resize)
-    return ImageSet(
-        name=Path(videos.source).name or videos.source,
-        source=videos.source,
-        kind="videos",
-        num=len(plan.plan),
-        size=(*frames, *size),
-        read=lambda indices: torch.stack([plan.read(i) for i in indices]),
-        hash=lambda: _hash(plan),
-        threads=4,
-        chunk=1,
-        title=lambda i: videos.names[plan.plan[i][0]],
-    )
-
-
-def _hash(plan: ClipBatches) -> str:
-    """Of the files, and of how clips are cut from them."""
-    parts = [f"{plan.plan} {plan.rule} {plan.resize} {plan.quantize}"]
-    for index in sorted({index for index, _, _ in plan.plan}):
-        video: Any = plan.videos.videos[index]
-        if hasattr(video, "array"):
-            parts.append(hash_arrays(video.array))
-        elif hasattr(video, "files"):
-            parts += [_digest(video.path / name) for name in video.files]
-        else:
-            parts.append(_digest(video.path))
-    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def frames_as_images(source: Any, protocol: Protocol, *, generated: bool) -> ImageSet:
@@ -107,7 +41,7 @@ def frames_as_images(source: Any, protocol: Protocol, *, generated: bool) -> Ima
     else:
         cut, each = ClipRule(rule.frames, rule.stride, start, short=rule.short, seed=rule.seed), rule.frames
     plan = clips(videos, cut, resize=rule.load_size, quantize="truncate" if rule.load_size else "none")
-    of_clips = _as_set(plan, ())
+    of_clips = as_set(plan, ())
 
     def read(indices: Sequence[int]) -> Tensor:
         wanted: dict[int, list[int]] = {}
@@ -128,19 +62,54 @@ def frames_as_images(source: Any, protocol: Protocol, *, generated: bool) -> Ima
     )
 
 
-def evaluate_videos(generated: Any, reference: Any, protocol: Protocol, options: Options) -> Report:
+def evaluate_videos(
+    generated: Any,
+    reference: Any,
+    protocol: Protocol,
+    options: Options,
+    *,
+    split: str | None = None,
+    root: str | None = None,
+    guidance: Sequence[float] = (),
+    sampling: dict[str, Any] | None = None,
+    bounds: str | None = None,
+) -> Report:
     """As `varkit.metrics.evaluate.evaluate`, for a protocol of videos."""
     network = open_network(protocol, options.weights, options.where, download=options.download)
-    many = isinstance(generated, list | tuple)
-    sets = [clip_set(one, protocol, generated=True) for one in (generated if many else [generated])]
+    fixed = {k: v for k, v in (sampling or {}).items() if v is not None}
+    pipeline, sets = None, list[ImageSet]()
+    if is_model(generated):
+        pipeline = generated if hasattr(generated, "sampler") else AutoPipeline.from_pretrained(generated)
+        if pipeline.image_tokenizer.num_frames is None:
+            raise ValueError(f"{generated} draws images; {protocol.name} scores videos")
+        size = tuple(pipeline.image_tokenizer.image_size)
+    else:
+        if guidance or fixed:
+            raise ValueError(f"{generated} is no model of clips: there is nothing to sample")
+        many = isinstance(generated, list | tuple)
+        sets = [clip_set(one, protocol, generated=True, root=root) for one in (generated if many else [generated])]
+        size = sets[0].size[1:]
+    opening: dict[str, Any] = {"generated": False, "root": root, "size": size}
     real: ImageSet | Reference
     if isinstance(reference, str | Path) and is_statistics(Path(reference)):
         real = read_statistics(Path(reference))
         check_statistics(real, protocol, network)
     else:
-        real = clip_set(reference, protocol, generated=False)
+        real = clip_set(reference, protocol, split=split, **opening)
+    if pipeline is not None:
+        given = None if isinstance(real, Reference) else clip_set(
+            reference, protocol, split=split, scored=False, **opening
+        )  # fmt: skip
+        name = type(pipeline).__name__ if pipeline is generated else str(generated)
+        for w in guidance or (None,):
+            settings = fixed | ({} if w is None else {"guidance_scale": w})
+            one = model_clips(pipeline, name, protocol, options.where, given, **settings)
+            sets.append(replace(one, name=f"{name}, guidance {one.settings['guidance_scale']:g}"))
+    if bounds is not None:
+        held = first_clips(clip_set(bounds, protocol, **opening), protocol.sampling.num)
+        sets.insert(0, replace(held, name=f"{bounds}: real clips", bound=True))
     for one in sets:
-        check_images(one, real, protocol, network, None)
+        check_images(one, real, protocol, network, network if "accuracy" in protocol.metrics else None)
     rows = bool(NEED_FEATURES & set(protocol.metrics))
     found = real if isinstance(real, Reference) else reference_of(
         real, protocol, network, rows=rows, cache=options.cache, **options.running
@@ -150,38 +119,63 @@ def evaluate_videos(generated: Any, reference: Any, protocol: Protocol, options:
         report.warnings.append(f"{protocol.sampling.num} videos: below {ENOUGH:,} a Frechet distance is biased upwards")
     for one in sets:
         report.results.append(_score(one, found, protocol, network, options))
+    unlabelled = [one.name for one in sets if one.labels is None and "accuracy" in protocol.metrics]
+    if unlabelled:
+        report.warnings.append(f"no accuracy: no labels in {', '.join(unlabelled)}")
     return report
 
 
 def _score(
     clips_of: ImageSet, reference: Reference, protocol: Protocol, network: FeatureNetwork, options: Options
 ) -> Result:
-    wanted = wanted_of(protocol.metrics, protocol, logits=False)
+    metrics = tuple(m for m in protocol.metrics if m != "accuracy" or clips_of.labels is not None)
+    wanted = wanted_of(metrics, protocol, logits="accuracy" in metrics)
+    count = min(SHOWN, len(clips_of))
+    wanted.pictures = sorted({round(i * (len(clips_of) - 1) / max(count - 1, 1)) for i in range(count)})
     seen = collect(
         network, clips_of, range(len(clips_of)), wanted, what=clips_of.name, process=process(), **options.running
     )
     made = gathered(seen)
-    found = score(Context(protocol, network.titles("videos"), made, reference, noun="videos"), protocol.metrics)
-    settings = {"frames": protocol.clips.frames, "stride": protocol.clips.stride}
+    context = Context(
+        protocol,
+        network.titles("videos"),
+        made,
+        reference,
+        labels=clips_of.labels,
+        predicted=made.rows.get("logits"),
+        classifier=network.what,
+        class_names=clips_of.class_names,
+        noun="videos",
+    )
+    found = score(context, metrics)
+    settings = {"frames": protocol.clips.frames, "stride": protocol.clips.stride, **clips_of.settings}
     result = Result(clips_of.name, clips_of.source, len(clips_of), clips_of.size, settings, found.scores, found.curves)
-    result.pictures["Clips, one a row: eight frames of each"] = _sheet(clips_of)
+    result.per_class, result.bound = found.per_class, clips_of.bound
+    result.pictures["Clips, one a row: eight frames of each"] = sheet([made.pictures[i] for i in sorted(made.pictures)])
     return result
 
 
-def _sheet(clips_of: ImageSet) -> Any:
-    count = min(SHOWN, len(clips_of))
-    chosen_clips = sorted({round(i * (len(clips_of) - 1) / max(count - 1, 1)) for i in range(count)})
+def sheet(clips_shown: Sequence[Tensor]) -> Any:
+    """Clips (T, H, W, 3), uint8 or in [0, 1], one a row."""
     frames = []
-    for index in chosen_clips:
-        clip = clips_of.read([index])[0]  # T H W 3
-        clip = clip if clip.is_floating_point() else clip.float() / 255
-        steps = torch.linspace(0, len(clip) - 1, min(8, len(clip))).round().long()
-        frames += to_pil(clip[steps].permute(0, 3, 1, 2) * 2 - 1)
-    return grid(frames, len(frames) // len(chosen_clips))
+    for clip in clips_shown:
+        values = clip if clip.is_floating_point() else clip.float() / 255
+        steps = torch.linspace(0, len(values) - 1, min(8, len(values))).round().long()
+        frames += to_pil(values[steps].permute(0, 3, 1, 2) * 2 - 1)
+    return grid(frames, len(frames) // len(clips_shown))
 
 
-def prepare_videos(source: Any, protocol: Protocol, network: FeatureNetwork, options: Options, out: Path) -> int:
+def prepare_videos(
+    source: Any,
+    protocol: Protocol,
+    network: FeatureNetwork,
+    options: Options,
+    out: Path,
+    *,
+    split: str | None = None,
+    root: str | None = None,
+) -> int:
     """Write the statistics of real videos. Returns how many clips there were."""
-    real = clip_set(source, protocol, generated=False)
+    real = clip_set(source, protocol, generated=False, split=split, root=root)
     found = reference_of(real, protocol, network, write_to=out, cache=False, **options.running)
     return int(found.num or 0)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from varkit.checkpoints.files import read_state_dict
-from varkit.metrics.classifier import ImageClassifier
+from varkit.metrics.classifier import ClipClassifier, ImageClassifier
 from varkit.metrics.protocol import METRICS, Protocol
 from varkit.metrics.weights import KNOWN, file_hash, find_weights
 
@@ -56,7 +56,7 @@ class FeatureNetwork:
         usual = self.name == "inception" and self.released
         frechet = FRECHET_NAMES.get(self.name, f"FD({self.name})") if self.released else f"FD({self.name})"
         frechet = "FID" if usual else frechet
-        if kind == "reconstruction":
+        if kind.endswith("reconstruction"):
             frechet = "rFID" if usual else f"r{frechet}"
         other = "" if usual else f" ({self.name})"
         return dict(zip(METRICS[kind], map(str.upper, METRICS[kind]), strict=True)) | {
@@ -80,12 +80,14 @@ def open_network(
 ) -> FeatureNetwork:
     """Find the weights and build the network.
 
-    Args: weights: the file, or its folder; for `classifier` and CLIP the model's folder. None: the usual places.
+    Args: weights: the file, or its folder; of classifiers and CLIP the model's folder. None: the usual places.
     Raises: FileNotFoundError naming the missing file; ImportError naming the extra; ValueError where they do not fit.
     """
     rule = protocol.network
     if rule.name == "classifier":
         return classifier_network(weights, device)
+    if rule.name == "moving-fashion":
+        return clip_network(weights, device)
     if rule.name == "effnet-lite0":
         return _effnet(weights, device)
     if rule.name == "clip-vit-b32":
@@ -158,6 +160,26 @@ def classifier_network(folder: str | Path | None, device: torch.device) -> Featu
     what = f"the classifier in {path.name if folder is not None else 'fashion-var/classifier'}"
     head = model.head
     return FeatureNetwork("classifier", what, file_hash(file), run, dim=head.in_features, classes=head.out_features)
+
+
+def clip_network(folder: str | Path | None, device: torch.device) -> FeatureNetwork:
+    """A classifier of clips that `varkit train` made; None: the one of Moving-Fashion that ships with varkit."""
+    from varkit.metrics.fvd import preprocess_clips
+    from varkit.pipelines.best_of import find_classifier
+
+    path = find_classifier("moving-fashion" if folder is None else folder, ClipClassifier.__name__)
+    model = ClipClassifier.from_pretrained(path).eval().to(device)
+    file = next(iter(sorted(path.glob("*.safetensors"))))
+
+    def run(clips: Tensor, outputs: Sequence[str]) -> dict[str, Tensor]:
+        ends = (0, 1) if clips.is_floating_point() else (0, 255)
+        inputs = preprocess_clips(clips, input_range=ends, size=model.config.image_size, antialias=True)
+        features = model.features(inputs.to(device))
+        return {"features": features, "logits": model.head(features)}
+
+    what = f"the classifier of clips in {path.name if folder is not None else 'moving-fashion/classifier'}"
+    head = model.head
+    return FeatureNetwork("moving-fashion", what, file_hash(file), run, dim=head.in_features, classes=head.out_features)
 
 
 def _effnet(weights: str | Path | None, device: torch.device) -> FeatureNetwork:

@@ -15,8 +15,17 @@ from varkit.config import ConfigError, build, config, load_yaml, nearest, overri
 from varkit.pictures import UInt8Rule
 
 Network = Literal[
-    "inception", "classifier", "effnet-lite0", "dinov2-vitl14", "dinov2-vitb14", "clip-vit-b32", "i3d", "videomae"
+    "inception",
+    "classifier",
+    "effnet-lite0",
+    "dinov2-vitl14",
+    "dinov2-vitb14",
+    "clip-vit-b32",
+    "i3d",
+    "videomae",
+    "moving-fashion",
 ]
+VIDEO_NETWORKS = ("i3d", "videomae", "moving-fashion")
 Float = Literal["float32", "float64"]
 
 METRICS: dict[str, dict[str, str]] = {
@@ -44,14 +53,31 @@ METRICS: dict[str, dict[str, str]] = {
         "lpips-squeeze": "LPIPS on SqueezeNet",
         "codebook": "use of the codebook, scale by scale",
     },
+    "video-reconstruction": {
+        "frechet": "Frechet distance of reconstructed clips to originals (rFVD with I3D)",
+        "psnr": "peak signal-to-noise ratio of whole clips",
+        "ssim": "structural similarity, mean over frames",
+        "lpips-alex": "LPIPS on AlexNet, mean over frames",
+        "lpips-vgg": "LPIPS on VGG-16, mean over frames",
+        "lpips-squeeze": "LPIPS on SqueezeNet, mean over frames",
+        "codebook": "use of the codebook",
+    },
     "videos": {
         "frechet": "Frechet distance of the features of clips (FVD with I3D)",
         "kernel": "kernel distance of the features of clips",
+        "accuracy": "share of clips that a classifier of clips puts in the class they were made for",
     },
 }
 """Kind of protocol -> metric -> what it is."""
 
-USUAL_NAMES = {"fid": "frechet", "fdd": "frechet", "fvd": "frechet", "rfid": "frechet", "sfid": "spatial"} | {
+USUAL_NAMES = {
+    "fid": "frechet",
+    "fdd": "frechet",
+    "fvd": "frechet",
+    "rfid": "frechet",
+    "rfvd": "frechet",
+    "sfid": "spatial",
+} | {
     "is": "score",
     "inception-score": "score",
     "kid": "kernel",
@@ -97,7 +123,7 @@ class SamplingRule:
     """The images to be scored, and how a model is sampled for it."""
 
     num: int = 50000
-    labels: Literal["cycled", "balanced", "random"] = "cycled"
+    labels: Literal["cycled", "balanced", "random", "reference"] = "cycled"  # reference: of the real clips, in turn
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -149,15 +175,23 @@ class ClipRules:
 
     frames: int = 16
     stride: int = 1
-    start_real: Literal["first", "random"] = "random"
+    stride_real: int | None = None  # of real videos, where these have more frames a second; None: stride
+    start_real: Literal["first", "middle", "random", "all"] = "random"  # all: windows side by side
     start_generated: Literal["first", "random"] = "first"
+    given: int = 0  # first frames of real clips that a model is given; it draws them too, and they are scored
     short: Literal["refuse", "skip"] = "refuse"
     seed: int = 0
     real: int | None = None  # real videos, drawn at random where there are more; None: all
-    load_size: int | None = None  # shorter side to this and centre crop, when read; None: as stored
+    load_size: int | None = None  # side of clips when read; None: as stored
+    load: Literal["cover", "squash"] = "cover"  # to it: shorter side and centre crop, or the aspect ratio not kept
+    score_size: int | None = None  # side that real and generated clips are brought to before the network's own
     method: Literal["direct", "short_side_crop"] = "direct"  # to the network's size
     quantise: Literal["none", "truncate"] = "none"
     norm_eps: float = 1e-5  # of I3D's batch norms
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.given < self.frames:
+            raise ConfigError(f"clips.given must be below clips.frames, {self.frames}; got {self.given}")
 
 
 @config
@@ -176,7 +210,7 @@ class Protocol:
     name: str
     summary: str
     source: str  # the paper, repository or file this follows
-    kind: Literal["images", "reconstruction", "videos"] = "images"
+    kind: Literal["images", "reconstruction", "videos", "video-reconstruction"] = "images"
     metrics: tuple[str, ...]
     network: NetworkRule = NetworkRule()
     images: ImageRule = ImageRule()
@@ -197,10 +231,14 @@ class Protocol:
                     f"metrics: a protocol for {self.kind} has no {metric!r}{nearest(metric, allowed)}; it has "
                     f"{', '.join(allowed)}"
                 )
-        if (self.kind == "videos") != (self.network.name in ("i3d", "videomae")):
+        if self.kind.startswith("video") != (self.network.name in VIDEO_NETWORKS):
             raise ConfigError(f"network.name: {self.network.name} does not score {self.kind}")
         if self.network.name != "inception" and "spatial" in self.metrics:
             raise ConfigError("metrics: spatial (sFID) is defined for the network inception alone")
+        if self.kind == "videos" and "accuracy" in self.metrics and self.network.name != "moving-fashion":
+            raise ConfigError(
+                f"metrics: accuracy asks a classifier of clips, the network moving-fashion; {self.network.name} is none"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that says what the numbers depend on: rules that nothing here uses are left out."""
@@ -215,11 +253,11 @@ class Protocol:
         for rule, metrics in used.items():
             if not metrics & set(self.metrics):
                 del data[rule]
-        if self.kind != "videos" and not self.images.frames:
+        if not self.kind.startswith("video") and not self.images.frames:
             del data["clips"]
         if self.network.name != "inception":
             data["network"] = {"name": self.network.name}
-        if self.kind == "reconstruction" and "frechet" not in self.metrics:
+        if self.kind.endswith("reconstruction") and "frechet" not in self.metrics:
             del data["network"]  # nothing reads it
         return data
 

@@ -26,8 +26,10 @@ NAMES = ("best_of", "classifier", "accept")
 """The arguments of a pipeline call that this is about."""
 
 
-def find_classifier(name: str | Path) -> Path:
+def find_classifier(name: str | Path, wanted: str = ImageClassifier.__name__) -> Path:
     """The folder of a classifier: its own, or that of the shipped or saved model it lies in.
+
+    Args: wanted: its class.
 
     Raises: FileNotFoundError when there is none; ValueError when the folder holds another network.
     """
@@ -38,8 +40,9 @@ def find_classifier(name: str | Path) -> Path:
             f"no classifier in {name}: expected a folder that `varkit train` wrote (config.json), or fashion-var"
         )
     kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_class_name")
-    if kind != ImageClassifier.__name__:
-        raise ValueError(f"{folder} holds a {kind}, not a classifier of images ({ImageClassifier.__name__})")
+    if kind != wanted:
+        what = "images" if wanted == ImageClassifier.__name__ else "clips"
+        raise ValueError(f"{folder} holds a {kind}, not a classifier of {what} ({wanted})")
     return folder
 
 

@@ -9,33 +9,24 @@ Shapes: B clips, T frames, N frames of a window, H W pixels, L tokens of a windo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from varkit.conditioning.frames import FrameCondition
 from varkit.conditioning.label import LabelCondition
 from varkit.interfaces import Cond
 from varkit.pipelines.base import ImagePipeline, StepCallback, make_rng
 from varkit.pipelines.clips import Frames, VideoOutput, clips_as_output, read_frames, summed
 from varkit.pipelines.labels import Labelled
+from varkit.pipelines.windows import Window, Windowed, counted
 from varkit.rng import Draw, Rng
 from varkit.samplers.next_group import Known
 
-CONTEXT = 5
-"""First frames that LARP and NBP are given to predict a clip of 16 or 17."""
 
-
-class Window(NamedTuple):
-    """One of the windows that make a clip: frames that it begins with, of those that are there; how many it adds."""
-
-    context: int
-    added: int
-
-
-class ClassToVideoPipeline(Labelled, ImagePipeline):
+class ClassToVideoPipeline(Labelled, Windowed, ImagePipeline):
     """Class labels, first frames, or both -> clips.
 
     Args:
@@ -62,81 +53,10 @@ class ClassToVideoPipeline(Labelled, ImagePipeline):
                 f"{type(image_tokenizer).__name__} codes images, not clips: take ClassToImagePipeline, or a tokenizer "
                 f"of clips, such as FrameTokenizer around it"
             )
+        if transformer.condition == "frames":
+            FrameCondition(image_tokenizer)  # refuses latents
         self.register_modules(transformer=transformer, image_tokenizer=image_tokenizer, sampler=sampler)
         self.register_to_config(id2label=id2label)
-        self._counts: dict[int, int | str] = {}
-
-    # ---- which frames are read --------------------------------------------------------------------------------
-
-    @property
-    def num_frames(self) -> int:
-        """Frames of one window, N."""
-        return self.image_tokenizer.num_frames
-
-    @torch.no_grad()
-    def known_tokens(self, frames: int) -> int:
-        """How many tokens so many first frames determine; 0 for models that are conditioned on the frames.
-
-        Raises: ValueError where they are no whole tokens, or the tokenizer codes a clip as a whole.
-        """
-        if not 1 <= frames < self.num_frames:
-            raise ValueError(
-                f"1 to {self.num_frames - 1} frames can be read of a clip of {self.num_frames}; got {frames}"
-            )
-        if self.transformer.condition == "frames":
-            return 0
-        if frames not in self._counts:
-            blank = torch.zeros(1, 3, frames, *self.image_tokenizer.image_size, device=self._execution_device)
-            try:
-                self._counts[frames] = self.image_tokenizer.encode_start(blank).shape[1]
-            except ValueError as error:
-                self._counts[frames] = str(error)
-        found = self._counts[frames]
-        if isinstance(found, str):
-            raise ValueError(found)
-        return found
-
-    def default_context(self, given: int | None = None) -> int:
-        """The most frames, of 5, half a window and those given, whose tokens can be known.
-
-        Raises: ValueError where none can.
-        """
-        most = max(1, min(CONTEXT, self.num_frames // 2))
-        for count in range(min(most, given or most), 1, -1):
-            try:
-                self.known_tokens(count)
-            except ValueError:
-                continue
-            return count
-        self.known_tokens(1)
-        return 1
-
-    def plan(self, given: int, num_frames: int | None, context_frames: int | None) -> list[Window]:
-        """The windows of a clip that begins with `given` frames; see `__call__`. Raises ValueError."""
-        if given == 0 and self.transformer.condition == "frames":
-            raise ValueError(f"this {type(self.transformer).__name__} predicts what follows first frames: give frames=")
-        if num_frames is not None and num_frames <= given:
-            raise ValueError(f"num_frames counts the given frames too: more than {given} are needed; got {num_frames}")
-        first = min(given, context_frames or self._readable(given)) if given else 0
-        if first:
-            self.known_tokens(first)
-        windows = [Window(first, self.num_frames - first)]
-        wanted = num_frames or given + windows[0].added
-        left = wanted - given - windows[0].added
-        if left > 0:
-            context = self.default_context() if context_frames is None else context_frames
-            self.known_tokens(context)
-            each = self.num_frames - context
-            windows += [Window(context, each)] * math.ceil(left / each)
-        return windows
-
-    def _readable(self, given: int) -> int:
-        """All given frames where a window can begin with them, else the default."""
-        try:
-            self.known_tokens(given)
-        except ValueError:
-            return self.default_context(given)
-        return given
 
     # ---- calls ------------------------------------------------------------------------------------------------
 
@@ -314,8 +234,7 @@ class ClassToVideoPipeline(Labelled, ImagePipeline):
         tokenizer, layout = self.image_tokenizer, self.image_tokenizer.layout
         if labels is None:
             assert read is not None
-            rest = read[:, :, -1:].expand(-1, -1, self.num_frames - read.shape[2], -1, -1)
-            return Cond(tokenizer.encode(torch.cat([read, rest], 2))), None
+            return FrameCondition(tokenizer).encode(frames=read), None
         if read is None:
             return labels, None
         start = tokenizer.encode_start(read)  # B k, or B k C
@@ -335,15 +254,3 @@ class ClassToVideoPipeline(Labelled, ImagePipeline):
             keep = self._keep(count)
             known = (torch.zeros(1, len(keep), dtype=torch.int64, device=keep.device), keep)
         return sampler.count_steps(self.transformer, known=known, **self.check_settings(changes, sampler))
-
-
-def counted(callback: StepCallback | None, number: int, steps: Sequence[int]) -> StepCallback | None:
-    """A callback for one window, which is told the steps of all windows."""
-    if callback is None:
-        return None
-    before, total = sum(steps[:number]), sum(steps)
-
-    def tell(owner: Any, step: int, position: int, values: dict[str, Any]) -> dict[str, Any] | None:
-        return callback(owner, before + step, position, {**values, "num_steps": total, "window": number})
-
-    return tell

@@ -60,7 +60,7 @@ def read_frames(frames: Frames, size: tuple[int, int]) -> Tensor:
             f"frames must be uint8 (T, H, W, 3) or (B, T, H, W, 3), floats in [-1, 1], or lists of PIL images; got "
             f"{pixels.dtype} {pixels.shape}"
         )
-    flat = torch.from_numpy(np.ascontiguousarray(pixels)).flatten(0, 1).permute(0, 3, 1, 2)  # B*T 3 H W
+    flat = torch.tensor(pixels).flatten(0, 1).permute(0, 3, 1, 2)  # B*T 3 H W
     fitted = ImageTransform(size, mode="center", enlarge=1.0)(flat)
     return fitted.unflatten(0, pixels.shape[:2]).transpose(1, 2).contiguous()
 

@@ -234,8 +234,10 @@ class LARPTokenizer(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         self.final_layer = FinalLayer(out_width, 3 * frame_patch * patch**2)
         self.prior_model = None
         if prior_size is not None:
-            rest = (prior_length, prior_dropout, prior_temperature, official_quirks)
-            self.prior_model = LARPPrior(latent_dim, *prior_size, *rest)
+            prior_width, depth, heads = prior_size
+            self.prior_model = LARPPrior(
+                latent_dim, prior_width, depth, heads, prior_length, prior_dropout, prior_temperature, official_quirks
+            )
         self.init_weights()
 
     @torch.no_grad()

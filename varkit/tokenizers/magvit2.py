@@ -322,13 +322,19 @@ class MagViT2(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         return self.decoder(latents.to(self.decoder.conv_in.weight.dtype)) * 2 - 1
 
     def latents(self, tokens: Tensor) -> Tensor:
-        """Ids (B, L) or vectors (B, L, C) -> (B, C, t, h, w). Raises ValueError when they do not fill the grid."""
+        """Ids (B, n) or vectors (B, n, C) -> (B, C, t, h, w). Raises ValueError unless they are whole latent frames."""
+        frames, height, width = self.layout.grids[0]
+        count, rest = divmod(tokens.shape[1], height * width)
+        if rest or not 1 <= count <= frames:
+            raise ValueError(
+                f"got {tokens.shape[1]} tokens; a latent frame has {height * width}, a clip 1 to {frames} of them"
+            )
         vectors = tokens.float() if tokens.is_floating_point() else self.vectors(tokens)
-        self.layout.split(vectors)
-        return vectors.transpose(1, 2).unflatten(2, self.layout.grids[0])
+        return vectors.transpose(1, 2).unflatten(2, (count, height, width))
 
     def decode(self, tokens: Tensor, rng: Rng | None = None) -> Tensor:
-        """Ids (B, L) or vectors (B, L, C) -> clips (B, 3, num_frames, H, W) in [-1, 1]."""
+        """Ids (B, L) or vectors (B, L, C) -> clips (B, 3, num_frames, H, W) in [-1, 1]; of the first latent frames
+        alone, the first frames."""
         return self.decode_features(self.latents(tokens)).clamp(-1, 1)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:

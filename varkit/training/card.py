@@ -48,6 +48,7 @@ class CardText:
     introduction: str = ""
     limits: str = ""
     training: str = ""  # further remarks on how it was trained
+    findings: str = ""  # what else was measured, and how, with its own headings
     commands: tuple[str, ...] = ()
     runs: dict[str, Any] = field(default_factory=dict)
     classifier: str | None = None
@@ -130,13 +131,14 @@ def write_card(
         part = _judge(folder) if run.part == "classifier" else attrgetter(run.part)(pipeline)
         facts[title] = run_facts(Path(run.folder), sum(p.numel() for p in part.parameters()))
     sections = [
-        _head(text),
+        _head(text, pipeline.image_tokenizer.num_frames is not None),
         f"# {text.name}",
         text.introduction.strip(),
-        f"![samples, one column a {'prompt' if text.prompts else 'class'}](card/samples.png)",
+        _samples(text, pipeline),
         _usage_of_texts(text, pipeline) if text.prompts else _usage(text.name, pipeline, counts),
         _results(scores, back, text, page is not None),
         _tokens(counts, over_tokens),
+        text.findings.strip(),
         "## Training",
         markdown_table(facts),
         f"Machine: {machine}. {text.training.strip()} Curves:".replace("  ", " "),
@@ -155,14 +157,30 @@ def _judge(folder: Path) -> Any:
     return ImageClassifier.from_pretrained(folder / "classifier")
 
 
-def _head(text: CardText) -> str:
-    task = "text-to-image" if text.prompts else "unconditional-image-generation"
+def _head(text: CardText, clips: bool) -> str:
+    task = "text-to-image" if text.prompts else "text-to-video" if clips else "unconditional-image-generation"
     lines = ("library_name: varkit", f"license: {text.licence}", f"pipeline_tag: {task}")
     return "\n".join(["---", *lines, "datasets:", f"- {text.data}", "---"])
 
 
+def _samples(text: CardText, pipeline: Any) -> str:
+    if pipeline.image_tokenizer.num_frames is None:
+        return f"![samples, one column a {'prompt' if text.prompts else 'class'}](card/samples.png)"
+    return "![a clip of each class, playing](card/samples.webp)\n\n![film strips](card/samples.png)"
+
+
 def _usage(name: str, pipeline: Any, counts: list[int]) -> str:
     layout = pipeline.transformer.layout
+    if pipeline.image_tokenizer.num_frames is not None:
+        first = next(iter(pipeline.labels.values()), "0")
+        return (
+            f'    varkit sample {name} --class "{first}" --zoom 4 --out clip.gif\n'
+            f"    varkit sample {name} --continue clip.gif --frames 40 --out on.mp4\n\n"
+            f"    from varkit import AutoPipeline\n"
+            f'    clips = AutoPipeline.from_pretrained("{name}")(class_labels=["{first}"], seed=0).videos\n\n'
+            f"Classes: {', '.join(f'{k} {v}' for k, v in pipeline.labels.items())}.\n{layout.length} tokens a clip of "
+            f"{pipeline.image_tokenizer.num_frames} frames: {layout.describe()}."
+        )
     some = f"\n    varkit sample {name} --tokens {counts[len(counts) // 2]} --out few.png" if counts else ""
     classes = ", ".join(f"{k} {v}" for k, v in pipeline.labels.items())
     return (
@@ -240,7 +258,7 @@ def _results(scores: Report | dict[str, Any], back: Report, text: CardText, page
 
 def _tokens(counts: list[int], over_tokens: bool) -> str:
     if not counts:
-        return "Held-out images above their reconstructions:\n\n![reconstructions](card/reconstructions.png)"
+        return "Held out, above their reconstructions:\n\n![reconstructions](card/reconstructions.png)"
     named = ", ".join(map(str, counts[:-1])) + f" and {counts[-1]}"
     parts = [
         "## Any number of tokens",

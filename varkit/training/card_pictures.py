@@ -6,20 +6,27 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
+from varkit.data.clips import open_clips
 from varkit.data.images import open_images
 from varkit.data.transforms import ImageTransform
+from varkit.data.video import write_video
 from varkit.metrics.report import Report
 from varkit.model_card import read_metrics
-from varkit.pictures import grid, save_png, to_pil
+from varkit.pictures import grid, rows_of_frames, save_png, titled_grids, to_pil
 from varkit.pipelines.base import generate
+from varkit.pipelines.clips import generate_clips
 
 if TYPE_CHECKING:
     from varkit.training.card import CardText
 
 CHARTS = {"frechet": "lower is better", "accuracy": "higher is better", "psnr": "dB, higher is better"}
 """Scores that are drawn over the number of tokens."""
+
+FPS, STRIP = 8, 9
+"""Of the clips that play, and frames of a film strip."""
 
 
 def draw_curves(runs: dict[str, Path], keys: Sequence[tuple[str, str]], path: Path) -> None:
@@ -104,9 +111,34 @@ def one_of_each_class(text: CardText, image_size: Any, root: str | None) -> torc
     return batch["images"][[labels.index(c) for c in sorted(set(labels))[:10]]]
 
 
+def draw_clips(pipeline: Any, text: CardText, root: str | None, seed: int, out: Path) -> None:
+    """samples.webp, a clip of each class playing; samples.png, film strips of some; reconstructions.png, strips of
+    held-out clips and of what comes back."""
+    tokenizer, classes = pipeline.image_tokenizer, pipeline.transformer.num_classes
+    clips = [frames for _, _, frames in generate_clips(pipeline, list(range(classes)), classes, seed, 10)]
+    settings = {"seed": seed, **pipeline.sampler.settings()}
+    names = [pipeline.labels.get(i, str(i)) for i in range(classes)]
+    sheets = titled_grids(clips, names, min(classes, 10), 2)
+    write_video(np.stack([np.asarray(sheet) for sheet in sheets]), out / "samples.webp", FPS, settings)
+    which = np.linspace(0, tokenizer.num_frames - 1, min(STRIP, tokenizer.num_frames)).round().astype(int)
+    some = list(range(0, classes, max(1, classes // 8)))[:8]
+    save_png(grid([clips[i][t] for i in some for t in which], len(which), 2), out / "samples.png", settings)
+    dataset = open_clips(
+        text.data, split=text.split, frames=tokenizer.num_frames, size=tokenizer.image_size[0], root=root
+    )
+    real = dataset.__getitems__(list(range(4)))["images"]
+    with torch.no_grad():
+        back = tokenizer.decode(tokenizer.encode(real)).float()
+    pairs = torch.stack([real, back], 1).flatten(0, 1)
+    save_png(grid(to_pil(rows_of_frames(pairs, len(which))), len(which), 2), out / "reconstructions.png")
+
+
 def draw_pictures(pipeline: Any, text: CardText, root: str | None, seed: int, out: Path) -> list[int]:
     """samples.png and reconstructions.png; of a model that may stop early also tokens-samples.png, and both of the
     latter have a row a number of tokens. Returns these numbers, from 1 up, or nothing."""
+    if pipeline.image_tokenizer.num_frames is not None:
+        draw_clips(pipeline, text, root, seed, out)
+        return []
     tokenizer, of_text = pipeline.image_tokenizer, pipeline.transformer.condition == "text"
     asked: list[Any] = list(text.prompts) if of_text else list(range(pipeline.transformer.num_classes))
     classes, zoom = len(asked), 1 if of_text else 2

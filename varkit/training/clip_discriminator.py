@@ -32,7 +32,8 @@ class ClipDiscriminator(nn.Module):
         if width % heads or width % 4:
             raise ValueError(f"the width {width} must be a multiple of its {heads} heads and of 4")
         grid = [side // step for side, step in zip(clip, patch, strict=True)]
-        self.embed = nn.Conv3d(3, width, tuple(patch), stride=tuple(patch))
+        frame, row, column = patch
+        self.embed = nn.Conv3d(3, width, (frame, row, column), stride=(frame, row, column))
         self.register_buffer("positions", clip_positions(grid, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, 4 * width, 0.0, 0.0, BLOCK_EPS) for _ in range(depth))
         self.norm = nn.LayerNorm(width, BLOCK_EPS)

@@ -25,6 +25,7 @@ OBJECTIVES = {
     "sub-codes": "varkit.training.objectives.sub_codes",
     "eagle": "varkit.training.objectives.eagle",
     "classifier": "varkit.training.objectives.classifier",
+    "clip-classifier": "varkit.training.objectives.clip_classifier",
     "matcher": "varkit.training.objectives.matcher",
 }
 """Name -> module; each module has `Config` and `Training`, and `CLIPS = True` where it always takes clips."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,13 +27,18 @@ class Config:
 
 
 class Training(Objective):
+    model: Any  # logits of a batch
+
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__()
         if len(classes) < 2:
             raise ConfigError(f"a classifier needs data with at least 2 classes; got {len(classes)}")
         self.config = config
         self.image_size = (config.image_size, config.image_size)
-        self.model = ImageClassifier(len(classes), config.image_size, config.widths, config.dropout)
+        self.model = self._build(len(classes))
+
+    def _build(self, classes: int) -> nn.Module:
+        return ImageClassifier(classes, self.config.image_size, self.config.widths, self.config.dropout)
 
     def trained(self, phase: str) -> nn.Module:
         return self.model

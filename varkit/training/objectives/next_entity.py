@@ -47,7 +47,7 @@ class Training(GeneratorTraining):
     def __init__(self, config: Config, classes: list[str]) -> None:
         model = registered(config)
         self.kind = type(model)
-        if model.layout.codebook_size is not None:
+        if model.layout.codebook_size is not None and "predictive" not in model.config:
             raise ConfigError(
                 f"objective.model: {config.model} ({model.layout.describe()}) predicts ids; next-entity trains "
                 f"generators of latents, next-token, next-scale and sub-codes train the others"

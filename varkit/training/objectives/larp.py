@@ -80,7 +80,7 @@ class Training(VQTraining):
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__(config, classes)
         self.num_frames = self.tokenizer.num_frames
-        self.columns = min(SHOWN_FRAMES, self.num_frames)
+        self.shown = self.columns = min(SHOWN_FRAMES, self.tokenizer.num_frames)
         self.tokenizer.lr_scales = {"prior_model": config.prior_lr_scale}
         if self.perceptual:
             self.freeze("lpips", PerFrame(self.frozen("lpips")))
@@ -200,7 +200,7 @@ class Training(VQTraining):
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
         """Of four clips some frames in a row, and their reconstructions in the row below."""
         clips = batch["images"][:4]
-        return rows_of_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.columns)
+        return rows_of_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.shown)
 
 
 def noisy_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss, off: Tensor) -> Tensor:

@@ -321,6 +321,9 @@ class Generator(ABC):
     guidance_by: Literal["groups", "tokens"] = "groups"
     """What a guidance schedule counts where tokens are continuous: groups drawn, or the share of tokens."""
 
+    first_frames: int = 0
+    """Of a generator of clips: how many first frames must be known, because it predicts what follows them."""
+
     positions_per_token: int = 1
     """Positions that are always decided together, such as those of a patch; guidance by tokens counts them as one."""
 

@@ -59,6 +59,8 @@ class Draw(IntEnum):
     CODE = 72  # which code a stochastic quantiser takes
     CORRUPT = 71  # which tokens are replaced by random ones in training, and by which
     DENOISE = 80  # the noise that each step of a diffusion adds
+    DESCENT = 85  # how far the steps of an energy's descent go, and how many there are, in training
+    REPLAY = 86  # which refined candidates of earlier steps training goes on with
     SOLVER_NOISE = 90  # the noise that a stochastic solver adds in its steps
     CANDIDATE = 95  # deriving the seeds of further candidates for the same image
     DRAFT = 100  # the uniform that picks a drafted token

@@ -35,6 +35,7 @@ SAMPLERS = {
     "MaskedSampler": "varkit.samplers.masked",
     "ContinuousSampler": "varkit.samplers.continuous",
     "DistilledSampler": "varkit.samplers.distilled",
+    "EnergySampler": "varkit.samplers.energy",
     "SpeculativeSampler": "varkit.samplers.speculative.sampler",
     "ContinuousSpeculativeSampler": "varkit.samplers.continuous_speculative",
     "ZipARSampler": "varkit.samplers.zipar",

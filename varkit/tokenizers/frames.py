@@ -20,6 +20,7 @@ from varkit.interfaces import Tokenizer
 from varkit.layout import TokenLayout
 from varkit.registry import ModelEntry, model_class, register_model
 from varkit.rng import Draw, Rng
+from varkit.tokenizers.kl_vae import FASHION
 from varkit.tokenizers.vqgan import PRESETS, TINY
 
 
@@ -126,5 +127,28 @@ register_model(
         _builder(frame_class="VQGAN", frame_config=PRESETS["vq_fashion"][0], num_frames=16),
         "clips of 16 frames of 32x32, each coded by itself as vq_fashion does: 1,024 tokens",
         tiny={"frame_config": {**PRESETS["vq_fashion"][0], **TINY}, "num_frames": 3},
+    )
+)
+_TINY_KL = {**FASHION, "image_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4}
+register_model(
+    ModelEntry(
+        "frames_kl_fashion",
+        "tokenizer",
+        _builder(frame_class="KLVAE", frame_config=FASHION, num_frames=16),
+        "clips of 16 frames of 32x32, each coded by itself as kl_vae_fashion does: 1,024 latents",
+        tiny={"frame_config": _TINY_KL, "num_frames": 3},
+    )
+)
+register_model(
+    ModelEntry(
+        "frames_kl_sd",
+        "tokenizer",
+        _builder(
+            frame_class="KLVAE",
+            frame_config={"image_size": 224, "latent_channels": 4, "scaling_factor": 1.0},
+            num_frames=16,
+        ),
+        "clips of 16 frames of 224x224, each coded by itself by the VAE of Stable Diffusion, latents not scaled",
+        tiny={"frame_config": _TINY_KL, "num_frames": 3},
     )
 )

@@ -121,7 +121,7 @@ def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[s
         if not parameter.requires_grad:
             continue
         exempt = parameter.dim() < 2 or name.endswith("bias") or any(p in name for p in parts)
-        factor = next((f for part, f in factors.items() if name.startswith(f"{part}.")), 1.0)
+        factor = next((f for part, f in factors.items() if f"{name}.".startswith(f"{part}.")), 1.0)
         groups.setdefault((-scales.get(name, 1.0) * factor, exempt), []).append(parameter)
     return [
         {"params": groups[key], "decay_scale": 0.0 if key[1] else 1.0, "lr_scale": -key[0]} for key in sorted(groups)

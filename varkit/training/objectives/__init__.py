@@ -21,6 +21,7 @@ OBJECTIVES = {
     "next-scale": "varkit.training.objectives.next_scale",
     "next-token": "varkit.training.objectives.next_token",
     "next-entity": "varkit.training.objectives.next_entity",
+    "energy": "varkit.training.objectives.energy",
     "distilled": "varkit.training.objectives.distilled",
     "sub-codes": "varkit.training.objectives.sub_codes",
     "eagle": "varkit.training.objectives.eagle",

@@ -73,9 +73,9 @@ def main(
     from varkit.registry import model_entry
 
     torch.manual_seed(0)
-    kind = getattr(torch, dtype)
+    place = {"device": device} | ({} if dtype == "float32" else {"dtype": getattr(torch, dtype)})
     names = ["token", *[b for b in blocks.split(",") if b not in ("token", "1")]]
-    tokenizer = create_model(model_entry(name).tokenizer or "").eval().to(device, kind)
+    tokenizer = create_model(model_entry(name).tokenizer or "").eval().to(**place)
     frames = tokenizer.num_frames
     typer.echo(f"{name}, {dtype}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     typer.echo(f"{'block':<8}{'batch':>6}{'steps':>7}{'s/clip':>9}{'frames/s':>10}{'decoded':>9}{'faster':>9}")
@@ -86,7 +86,7 @@ def main(
         baseline = 0.0
         for block in names:
             model = create_model(name, block=int(block) if block.isdigit() else block, **CLASSES)
-            model = model.eval().to(device, kind)
+            model = model.eval().to(**place)
             seconds = timed(drawing(model, tokenizer, batch, guided, device), repeats, device)
             baseline = baseline or seconds
             both = (batch * frames / s for s in (seconds, seconds + decoding))

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.test_clips import fashion_root as fashion_root
 from tests.test_models import classes, liven, nothing, random_images, random_tokens, step_answers, tiny
-from varkit import NextGroupSampler, Rng
+from tests.test_training import lines
+from tests.test_video_training import clips_recipe, resumed, same_weights
+from varkit import AutoPipeline, NextGroupSampler, Rng
 from varkit.checkpoints import larp as keys
 from varkit.checkpoints.convert import convert
 from varkit.checkpoints.files import load_official, to_official, write_official
@@ -27,6 +30,7 @@ from varkit.tokenizers.larp import LARPTokenizer, StochasticQuantizer, clip_posi
 from varkit.tokenizers.larp_prior import own_token_ratio
 from varkit.tokenizers.vqgan import VQGAN
 from varkit.training.clip_discriminator import ClipDiscriminator, PerFrame
+from varkit.training.loop import train
 from varkit.training.objectives import build_objective, objective_config
 from varkit.training.objectives.larp import noisy_loss
 from varkit.training.optim import OptimConfig, make_optimizer, parameter_groups, set_schedule
@@ -585,3 +589,33 @@ def test_the_trained_tokenizer_is_exported_whole(tmp_path: Path) -> None:
     again = open_tokenizer(str(tmp_path))
     clips = moving_squares(2)
     assert torch.equal(again.encode(clips), objective.tokenizer.encode(clips)) and again.prior_model is not None
+
+
+def test_runs_of_the_tokenizer_resume_exactly_and_generators_are_trained_on_it(
+    fashion_root: Path, tmp_path: Path
+) -> None:
+    """Tokenizer, generator of classes, generator of frames; and clips of both by the pipeline that is exported."""
+    twelve = ("loop.steps=12", "loop.save_every=6", "objective.adversarial_start=0.25")
+    whole = train(clips_recipe(tmp_path / "whole", PLAN, fashion_root, *twelve)).folder
+    again = resumed(whole, clips_recipe(tmp_path / "again", PLAN, fashion_root, *twelve), 6)
+    assert same_weights(whole / "model", again / "model")
+    log = lines(whole)
+    assert {"prior", "usage/all", "discriminator/lecam", "validation/prior"} <= set().union(*log)
+    for condition in ("class", "frames"):
+        plan: dict[str, Any] = {
+            "name": "next-token",
+            "tokenizer": str(whole / "model"),
+            "model": "larp_moving_fashion" + ("_frames" if condition == "frames" else ""),
+            "model_overrides": {"depth": 1, "hidden_size": 32, "num_heads": 2},
+            **({"given_frames": 2} if condition == "frames" else {"sampling": {"guidance_scale": 2.0}}),
+        }
+        folder = train(clips_recipe(tmp_path / condition, plan, fashion_root)).folder
+        losses = [line["validation/loss"] for line in lines(folder) if "validation/loss" in line]
+        assert losses[-1] < losses[0]
+        pipe = AutoPipeline.from_pretrained(folder / "model")
+        pipe.set_progress_bar_config(disable=True)
+        given: dict[str, Any] = (
+            {"class_labels": [1, 29]} if condition == "class" else {"frames": moving_squares(2)[:, :, :2]}
+        )
+        videos = pipe(**given, seed=0, output_type="pt").videos
+        assert videos.shape == (2, 4, 3, 16, 16)

@@ -358,10 +358,10 @@ def test_the_benchmark_of_blocks_compares_with_single_tokens() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "video_blocks.py"
     bench = typer.Typer()
     bench.command()(runpy.run_path(str(script))["main"])
-    told = CliRunner().invoke(bench, ["--blocks", "row,64", "--batches", "1", "--repeats", "1"]).output
-    rows = [line.split() for line in told.splitlines()[2:5]]
-    assert [row[0] for row in rows] == ["token", "row", "64"] and [row[2] for row in rows] == ["320", "40", "5"]
-    assert rows[0][-1] == "1.00x" and float(rows[2][-1][:-1]) > 2
+    told = CliRunner().invoke(bench, ["--blocks", "64", "--batches", "1", "--repeats", "1"]).output
+    token, frame = (line.split() for line in told.splitlines()[2:4])
+    assert [token[0], token[2], token[-1]] == ["token", "320", "1.00x"]
+    assert [frame[0], frame[2]] == ["64", "5"] and float(frame[-1][:-1]) > 2
 
 
 # ---- what is refused --------------------------------------------------------------------------------------------

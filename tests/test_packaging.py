@@ -66,12 +66,14 @@ def test_wheel_holds_varkit_and_nothing_else(wheel: tuple[list[str], set[str]]) 
 
 
 def test_wheel_holds_all_of_varkit(wheel: tuple[list[str], set[str]]) -> None:
-    """Of the zoo only fashion-var is installed; later models are files of the repository."""
+    """Of the zoo only fashion-var is installed, and the network of the protocol moving-fashion; later models are files of
+    the repository."""
     names, tree = wheel
     packed = {name for name in names if name.startswith("varkit/")}
     zoo = {f for f in tree if f.startswith("varkit/zoo/") and f.count("/") > 2 and "/fashion-var/" not in f}
     assert tree - zoo - packed == set()
     assert packed - tree == set()
+    assert {f for f in tree if f.startswith("varkit/zoo/moving-fashion/")} <= packed
     assert {"varkit/py.typed", "varkit/recipes/fashion_var.yaml", "varkit/training/objectives/__init__.py"} <= packed
 
 

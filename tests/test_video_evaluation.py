@@ -190,6 +190,30 @@ def test_what_cannot_be_scored_is_refused(pipe: ClassToVideoPipeline, judge: Pat
         load_protocol("moving-fashion", ["network.name=classifier"])
 
 
+def test_the_named_set_is_a_reference_with_classes(pipe: ClassToVideoPipeline, judge: Path, tmp_path: Path) -> None:
+    g = np.random.RandomState(0)
+    for split, count in (("train", 40), ("t10k", 20)):
+        images, labels = g.randint(0, 256, (count, 28, 28), np.uint8), (np.arange(count) % 10).astype(np.uint8)
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = np.array([0x0800 + array.ndim, *array.shape], ">i4").tobytes()
+            (tmp_path / f"{split}-{kind}-ubyte").write_bytes(head + array.tobytes())
+    protocol = load_protocol("moving-fashion", SHORT, num=6)
+    opening: dict[str, Any] = {"root": str(tmp_path), "size": (16, 16)}
+    held = clip_set("moving-fashion:test", protocol, generated=True, **opening)
+    assert held.num == 20 and held.size == (FRAMES, 16, 16) and held.labels is not None
+    assert held.labels.tolist() == [i % 10 * 3 + i % 3 for i in range(20)] and len(held.class_names) == 30
+    real = clip_set("moving-fashion", protocol, generated=False, **opening)
+    small = clip_set("moving-fashion", protocol, generated=False, root=str(tmp_path), size=(8, 8))
+    assert real.num == 40 and len({held.hash(), real.hash(), small.hash()}) == 3
+    with pytest.raises(ValueError, match="has class 17, but the classifier of clips in judge0 knows 3 classes"):
+        run(pipe, "moving-fashion", judge, 6, root=str(tmp_path), bounds="moving-fashion:test")
+    asked: dict[str, Any] = {"root": str(tmp_path), "metrics": ["fvd"]}
+    report = run(pipe, "moving-fashion", judge, 6, bounds="moving-fashion:test", **asked)
+    bound, drawn = report.results
+    assert bound.name == "moving-fashion:test: real clips" and bound.num == drawn.num == 6
+    assert drawn.score("frechet").value != bound.score("frechet").value > 0
+
+
 # ---- sizes --------------------------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from tests.test_models import liven, tiny_pair
 from varkit import AutoPipeline, NextGroupSampler, Rng
 from varkit.data.video import open_videos, write_video
 from varkit.interfaces import Tokenizer
+from varkit.model_card import model_card
 from varkit.pictures import read_settings
 from varkit.pipelines.auto import assemble
 from varkit.pipelines.class_to_video import ClassToVideoPipeline
@@ -329,6 +330,9 @@ def test_a_folder_opens_as_the_pipeline_that_it_is(nbp: ClassToVideoPipeline, tm
     nbp.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == "ClassToVideoPipeline"
     for opened in (AutoPipeline.from_pretrained(tmp_path), ClassToVideoPipeline.from_pretrained(tmp_path)):
+        assert ".videos" in model_card(tmp_path, "user/clips") and "--out clips.gif" in model_card(
+            tmp_path, "user/clips"
+        )
         assert type(opened) is ClassToVideoPipeline and opened.sampler.config.guidance_scale == 1.5
         opened.set_progress_bar_config(disable=True)
         assert torch.equal(

@@ -222,6 +222,28 @@ def test_sizes_come_from_the_tokenizer_of_clips(tokenizer: str) -> None:
     assert free.eval().pictures(batch, Rng.from_seed(0, 2)).shape == (8 * 5, 3, 8, 8)
 
 
+def test_a_generator_goes_on_with_the_first_frames_of_clips(fashion_root: Path, tmp_path: Path) -> None:
+    entry = registry.model_entry("larp_moving_fashion_frames")
+    size = registry.create_model(entry.tokenizer, **entry.tiny_tokenizer)
+    size.save_pretrained(tmp_path / "tokenizer")
+    shape = {k: v for k, v in entry.tiny.items() if k not in ("num_tokens", "codebook_size", "latent_dim")}
+    plan = {"name": "next-token", "model": entry.name, "model_overrides": shape, "given_frames": 1}
+    plan |= {"tokenizer": str(tmp_path / "tokenizer")}
+    built: Any = build_objective(objective_config(plan), CLASSES)
+    clips = torch.rand(2, 3, size.num_frames, *size.image_size) * 2 - 1
+    given = built.cond({"images": clips, "labels": torch.tensor([3, 4])}, None)
+    held = clips[:, :, :1].expand_as(clips)
+    assert built.from_frames and built.model.num_classes == 0
+    assert torch.equal(given.vector, built.frozen("tokenizer").encode(held))
+    folder = train(clips_recipe(tmp_path / "run", plan, fashion_root, "loop.steps=8")).folder
+    validated = [line["validation/loss"] for line in lines(folder) if "validation/loss" in line]
+    assert len(validated) == 2 and validated[-1] < validated[0]
+    videos = AutoPipeline.from_pretrained(folder / "model")(frames=clips[:, :, :1], seed=0, output_type="pt").videos
+    assert videos.shape == (2, size.num_frames, 3, *size.image_size)
+    with pytest.raises(ConfigError, match=f"given_frames must be 1 to {size.num_frames - 1}"):
+        build_objective(objective_config(plan | {"given_frames": size.num_frames}), CLASSES)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

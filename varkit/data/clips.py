@@ -122,11 +122,8 @@ class ClipDataset(Dataset[dict[str, Any]]):
         if isinstance(self.videos, MovingFashion):
             images, used = self._computed(self.videos, wanted, keys), wanted
         else:
-            clips, used = [], []
-            for index, key in pairs:
-                clip, really = self._load(index, key)
-                clips.append(clip)
-                used.append(really)
+            read = [self._load(index, key) for index, key in pairs]
+            clips, used = [clip for clip, _ in read], [really for _, really in read]
             sizes = {tuple(clip.shape[-2:]) for clip in clips}
             if len(sizes) > 1:
                 some = ", ".join(f"{h}x{w}" for h, w in sorted(sizes)[:4])

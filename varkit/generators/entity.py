@@ -412,7 +412,7 @@ register_model(
                 "context_noise": "clean",
             }
         ),
-        "any entity of moving garments, 17 frames of 32x32; latent frames of ids, 2.9 M parameters",
+        "any entity of moving garments, 17 frames of 32x32; latent frames of ids, 2.1 M parameters",
         tokenizer="magvit2_moving_fashion",
         tiny={**_TINY, "entity": "frame", "entity_size": None, **_TINY_CLIPS},
         tiny_tokenizer=MAGVIT2_TINY,

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from varkit.conditioning.label import drop_labels
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
-from varkit.interfaces import Cond, Generator, Losses, State
+from varkit.interfaces import Cond, Generator, Losses, Processor, State
 from varkit.layers.cache import KVCache
 from varkit.layers.modulated import block_mask
 from varkit.layout import TokenLayout
@@ -98,13 +98,13 @@ class GPTBlock(nn.Module):
 class GivenBlock(Categorical):
     """What a model that goes on from given frames says of its first block: nothing. Raises ValueError when asked."""
 
-    def process(self, processors: Any) -> Categorical:
+    def process(self, processors: Sequence[Processor]) -> GivenBlock:
         raise ValueError(
             f"this model goes on from given frames: its first {self.logits.shape[1]} tokens must be known. Give the "
             f"first frames (frames=), or the same tokens for all clips with known="
         )
 
-    def guide(self, scale: float | Tensor) -> Categorical:
+    def guide(self, scale: float | Tensor) -> GivenBlock:
         return self.process(())
 
 

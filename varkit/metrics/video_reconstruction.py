@@ -22,7 +22,6 @@ from varkit.data.video import WRITERS, ShortVideo, VideoSet, write_video
 from varkit.metrics.reconstruction import CodebookUse, ReconstructionMetrics
 from varkit.pictures import to_uint8
 from varkit.pipelines.auto import best_device
-from varkit.rng import Rng
 
 FORMATS = (*(ending[1:] for ending in WRITERS), "webp")
 DEFAULT_RATE = 8.0
@@ -98,40 +97,54 @@ def reconstruct_videos(
     metrics, report = ReconstructionMetrics(), []
     use = None if tokenizer.layout.codebook_size is None else CodebookUse(tokenizer.layout)
     for index in range(min(num, len(dataset))):
-        own = ReconstructionMetrics()
-        pairs: list[Tensor] = []
-        facts = {"name": dataset.videos.names[index], "frames": 0, "windows": 0, "repeated": 0}
+        video = _Video(dataset.videos.names[index])
         for window in windows(dataset.videos, index, tokenizer.num_frames, stride, frames):
-            kept = tokenizer.num_frames - window.padded
-            original = transform(window.frames.permute(0, 3, 1, 2), torch.zeros(len(window.frames), dtype=torch.int64))
-            clip = original.transpose(0, 1)[None].to(where)  # 1 3 N H W
-            tokens = tokenizer.encode(clip, Rng.from_seed(0, 1).to(where))
-            if use is not None:
-                use.update(tokens)
-            back = tokenizer.decode(tokens)[0].float().clamp(-1, 1).transpose(0, 1).cpu()[:kept]  # n 3 H W
-            own.update(back, original[:kept])
-            pairs.append(to_uint8(torch.cat([original[:kept], back], -1)).permute(0, 2, 3, 1))
-            facts["frames"] += kept
-            facts["windows"] += 1
-            facts["repeated"] += window.padded
-        metrics.merge(own)
-        found = own.compute()
-        scores = {name: [round(v, 4) for v in values.tolist()] for name, values in found["per_image"].items()}
-        file = out / f"{index:03d}-{_short(facts['name'])}.{file_format}"
+            video.add(tokenizer, transform, window, where, use)
+        metrics.merge(video.metrics)
+        file = out / f"{index:03d}-{_short(video.name)}.{file_format}"
         rate = (dataset.videos.rate(index) or DEFAULT_RATE * stride) / stride
-        write_video(torch.cat(pairs), file, min(rate, 50.0) if file_format == "gif" else rate)
-        report.append({**facts, "file": file.name, **{k: found[k] for k in scores}, "per_frame": scores})
+        write_video(torch.cat(video.pairs), file, min(rate, 50.0) if file_format == "gif" else rate)
+        report.append({**video.facts(), "file": file.name})
     means = metrics.means()
-    result = {"tokenizer_frames": tokenizer.num_frames, **means, "frames": means.pop("images"), "videos": report}
-    del result["images"]
+    result = {"tokenizer_frames": tokenizer.num_frames, "frames": means.pop("images"), **means, "videos": report}
     result |= {} if use is None else use.compute()
     (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def _short(name: Any) -> str:
+class _Video:
+    """One video on its way: its scores, and frames of original and reconstruction side by side."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.metrics = name, ReconstructionMetrics()
+        self.pairs: list[Tensor] = []  # uint8 (n, H, 2 W, 3)
+        self.repeated = 0
+
+    def add(
+        self, tokenizer: Any, transform: ImageTransform, window: Window, where: torch.device, use: CodebookUse | None
+    ) -> None:
+        kept = len(window.frames) - window.padded
+        keys = torch.zeros(len(window.frames), dtype=torch.int64)
+        original = transform(window.frames.permute(0, 3, 1, 2), keys)  # N 3 H W
+        tokens = tokenizer.encode(original.transpose(0, 1)[None].to(where))
+        if use is not None:
+            use.update(tokens)
+        back = tokenizer.decode(tokens)[0].float().clamp(-1, 1).transpose(0, 1).cpu()
+        original, back = original[:kept], back[:kept]
+        self.metrics.update(back, original)
+        self.pairs.append(to_uint8(torch.cat([original, back], -1)).permute(0, 2, 3, 1))
+        self.repeated += window.padded
+
+    def facts(self) -> dict[str, Any]:
+        found = self.metrics.compute()
+        scores = {name: [round(v, 4) for v in values.tolist()] for name, values in found["per_image"].items()}
+        counts = {"frames": found["images"], "windows": len(self.pairs), "repeated": self.repeated}
+        return {"name": self.name, **counts, **{name: found[name] for name in scores}, "per_frame": scores}
+
+
+def _short(name: str) -> str:
     """A video's name as part of a file's."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(str(name)).stem)[:60]
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in Path(name).stem)[:60]
 
 
 def told(result: dict[str, Any]) -> list[str]:

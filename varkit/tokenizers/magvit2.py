@@ -246,11 +246,12 @@ class MagViT2(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
         if uneven:
             raise ValueError(f"every width must be a multiple of norm_groups {norm_groups}; got {uneven[0]}")
         self.num_frames = num_frames
-        self.frame_stride, *sides = (math.prod(axis) for axis in zip(*strides, strict=True)) if strides else (1, 1, 1)
+        products = [math.prod(axis) for axis in zip(*strides, strict=True)] or [1, 1, 1]
+        self.frame_stride, sides = products[0], products[1:]
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
         if len(size) != 2 or any(a % b or a < 1 for a, b in zip(size, sides, strict=True)):
             raise ValueError(f"image_size {size} must be a multiple of the strides, {sides[0]} and {sides[1]}")
-        self._size = cast(tuple[int, int], size)
+        self._size = size
         grid = (self.latent_frames(num_frames), size[0] // sides[0], size[1] // sides[1])
         self.layout = TokenLayout((grid,), math.prod(levels), len(levels))
         sizes: dict[str, Any] = {"widths": widths, "num_units": num_units, "strides": strides, "groups": norm_groups}
@@ -273,7 +274,8 @@ class MagViT2(HubMixin, ModelMixin, ConfigMixin, Tokenizer):
     @property
     def codebook(self) -> Tensor:
         """(V, C) float32: the values of all codes."""
-        return self.vectors(torch.arange(self.quantize.fsq.steps.prod(), device=self.quantize.fsq.steps.device))
+        fsq = self.quantize.fsq
+        return fsq.vectors(torch.arange(math.prod(fsq.levels), device=fsq.steps.device))
 
     def vectors(self, ids: Tensor) -> Tensor:
         return self.quantize.fsq.vectors(ids)

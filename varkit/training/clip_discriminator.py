@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from varkit.layers.vit import Block
@@ -57,9 +56,3 @@ class PerFrame(nn.Module):
     def forward(self, *clips: Tensor) -> Tensor:
         """(B, 3, T, H, W) each -> what the network gives for the B * T frames."""
         return self.network(*[clip.transpose(1, 2).flatten(0, 1) for clip in clips])
-
-
-def shown_frames(clips: Tensor, count: int) -> Tensor:
-    """(B, 3, T, H, W) -> (B * count, 3, H, W): of each clip the first frame, the last, and others evenly between."""
-    which = torch.linspace(0, clips.shape[2] - 1, count).round().long().to(clips.device)
-    return clips[:, :, which].transpose(1, 2).flatten(0, 1)

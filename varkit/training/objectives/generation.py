@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varkit import registry
+from varkit.conditioning.frames import FrameCondition
 from varkit.conditioning.label import LabelCondition
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
@@ -235,8 +236,6 @@ class GeneratorTraining(Objective):
 
     def _given(self, clips: Tensor) -> Cond:
         """The ids of clips' first frames."""
-        from varkit.conditioning.frames import FrameCondition
-
         return FrameCondition(self.frozen("tokenizer")).encode(frames=clips[:, :, : self.given_frames])
 
     def tokens(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:

@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from varkit.config import ConfigError, config
 from varkit.interfaces import Losses
 from varkit.layers.code_usage import CodeUsage
+from varkit.pictures import SHOWN_FRAMES, rows_of_frames
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.larp import LARPTokenizer
 from varkit.tokenizers.larp_prior import own_token_ratio
 from varkit.tokenizers.multiscale_vq import Quantized
-from varkit.training.clip_discriminator import ClipDiscriminator, PerFrame, shown_frames
+from varkit.training.clip_discriminator import ClipDiscriminator, PerFrame
 from varkit.training.losses import AdversarialLoss, lecam_loss, tokenizer_loss
 from varkit.training.objectives.vq_tokenizer import VQConfig, VQTraining
 from varkit.training.optim import OptimConfig
 
 CLIPS = True
-SHOWN = 8
-"""Frames of a clip in a row of the sample sheet."""
 
 
 @config
@@ -81,7 +80,7 @@ class Training(VQTraining):
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__(config, classes)
         self.num_frames = self.tokenizer.num_frames
-        self.columns = min(SHOWN, self.num_frames)
+        self.shown = self.columns = min(SHOWN_FRAMES, self.tokenizer.num_frames)
         self.tokenizer.lr_scales = {"prior_model": config.prior_lr_scale}
         if self.perceptual:
             self.freeze("lpips", PerFrame(self.frozen("lpips")))
@@ -201,7 +200,7 @@ class Training(VQTraining):
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
         """Of four clips some frames in a row, and their reconstructions in the row below."""
         clips = batch["images"][:4]
-        return shown_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.columns)
+        return rows_of_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.shown)
 
 
 def noisy_loss(real: Tensor, fake: Tensor, kind: AdversarialLoss, off: Tensor) -> Tensor:

@@ -152,7 +152,7 @@ class ReconstructionTraining(Objective):
                     f"is a {type(fresh).__name__}"
                 )
             return fresh
-        free = getattr(self.kind, "free_arguments", frozenset())
+        free: frozenset[str] = getattr(self.kind, "free_arguments", frozenset())
         if source in registry.list_checkpoints() or Path(source).is_file():
             free |= self.released_arguments
         model = open_tokenizer(source, **{k: v for k, v in overrides.items() if k in free})

@@ -44,7 +44,7 @@ class Training(VQTraining):
     def __init__(self, config: Config, classes: list[str]) -> None:
         super().__init__(config, classes)
         self.num_frames = self.tokenizer.num_frames
-        self.columns = min(SHOWN_FRAMES, cast(int, self.num_frames))
+        self.columns = self.shown = min(SHOWN_FRAMES, cast(int, self.num_frames))
 
     @property
     def network(self) -> Any:
@@ -101,4 +101,4 @@ class Training(VQTraining):
     def pictures(self, batch: dict[str, Tensor], rng: Rng) -> Tensor:
         """Of four clips some frames in a row, and their reconstructions in the row below."""
         clips = batch["images"][:4]
-        return rows_of_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.columns)
+        return rows_of_frames(torch.stack([clips, self._back(clips)], 1).flatten(0, 1), self.shown)

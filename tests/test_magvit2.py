@@ -60,7 +60,7 @@ def test_numbers_of_frames_that_do_not_fit_are_refused_with_those_that_do() -> N
     for frames in (2, 4):
         with pytest.raises(ValueError, match=rf"{frames} frames.*1, 3, 5"):
             model.encode_start(clips(model, frames=frames))
-    with pytest.raises(ValueError, match="2 frames.*1, 5, 9"):
+    with pytest.raises(ValueError, match=r"2 frames.*1, 5, 9"):
         MagViT2(**{**TINY, "strides": ((2, 2, 2), (2, 2, 2))}).encode_start(clips(model, frames=2))
     with pytest.raises(ValueError, match="9 frames are more than the 5"):
         model.encode_start(clips(model, frames=9))
@@ -131,7 +131,7 @@ def test_it_is_another_quantiser_than_flextoks() -> None:
     ours, theirs = ReleasedFSQ((8,)), FSQ((8,))
     far = torch.tensor([[20.0]])
     assert ours.bound(far) < 3 < theirs.bound(far)  # a margin inside the levels, and outside
-    assert not torch.equal(ours.ids(ours(z)), theirs.ids(theirs(z)))
+    assert (ours.bound(z) - theirs.bound(z)).abs().max() > 1e-3
 
 
 def test_gradients_pass_the_rounding_and_codes_are_counted_in_training_alone() -> None:

@@ -8,13 +8,14 @@ tells the strides, which follow from the widths before depth becomes places. The
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from varkit.checkpoints.formats import OfficialFormat, Release, StateDict, register_format
+from varkit.generators.nbp import GIVEN, HYBRID, SAMPLING, SIZES
 
 LICENCE = "MIT (RenShuhuai-Andy/NBP)"
 HITS_KEY = "quantize.ema_vocab_hit_SV"  # ours alone: a moving average for training
@@ -126,6 +127,73 @@ def tokenizer_file(state: StateDict) -> dict[str, Any]:
     return {"model_state_dict": {f"module.{k}": v for k, v in state.items()}}
 
 
+# ---- generator ----------------------------------------------------------------------------------------------------
+
+_SIGN = "transformer.pos_emb"
+_PART, _TOKENIZER_PART = "transformer.", "first_stage_model."
+_NULL = "uncond_embedding"
+RELEASED_BLOCK = 16
+"""A latent row: also the number of ids of learned tokens."""
+
+
+def generator_from_official(state: StateDict) -> StateDict:
+    """Without the tokenizer and what is a mask, which the official loader skips too, and without an empty buffer."""
+    ours = {k.removeprefix(_PART): v for k, v in state.items() if not k.startswith(_TOKENIZER_PART) and "mask" not in k}
+    return {k: v for k, v in ours.items() if k != _NULL or len(v)}
+
+
+def generator_to_official(state: StateDict, model: Any) -> StateDict:
+    """Raises ValueError for a model that the official code has no place for."""
+    if "class_emb.weight" in state or (model.config.first == "begin"):
+        raise ValueError(
+            "the official code knows models of texts (first=hybrid) and of given frames (first=given) alone; this one "
+            f"has first={model.config.first} and {model.num_classes} classes"
+        )
+    if _NULL not in state:
+        state = {**state, _NULL: state["pos_emb"].new_zeros(0, state["pos_emb"].shape[-1])}
+    return {f"{_PART}{k}": v for k, v in state.items()}
+
+
+def generator_arguments(official: Mapping[str, Any], grid: Sequence[int]) -> dict[str, Any]:
+    """Options of the official training, and its vocabularies, -> arguments of `NBP`.
+
+    Args: official: `args`, `first_stage_vocab_size` and `cond_stage_vocab_size`.   grid: (t, h, w) of the tokens.
+    """
+    args = official["args"]
+    return {
+        "num_classes": 0,
+        "depth": args["n_layer"],
+        "hidden_size": args["n_embd"],
+        "num_heads": args["n_head"],
+        "grid": grid,
+        "codebook_size": official["first_stage_vocab_size"],
+        "block": args["token_number_per_step"],
+        "first": "hybrid" if args["hybrid"] else "given",
+        "text_length": args["cond_token_num"],
+        "text_vocab": official["cond_stage_vocab_size"],
+        "max_positions": args["block_size"],
+        "dropout": args["transformer_dropout"],
+    }
+
+
+def read_generator_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`NBP` arguments from shapes. No key tells the heads, which are those of the released size with this width and
+    depth, nor the grid and the codebook, which are the released ones, nor the block, which is a row of 16."""
+    rows, width = state[f"{_PART}tok_emb.weight"].shape
+    depth = 1 + max(int(k.split(".")[2]) for k in state if k.startswith(f"{_PART}blocks."))
+    heads = {(d, w): h for d, w, h, _ in SIZES.values()}.get((depth, width), max(width // 96, 1))
+    length = state[f"{_PART}{_NULL}"].shape[0]
+    common = {"depth": depth, "hidden_size": width, "num_heads": heads, "max_positions": state[_SIGN].shape[1]}
+    if not length:
+        return {**GIVEN, **common, "codebook_size": rows}
+    return {**HYBRID, **common, "text_length": length, "text_vocab": rows - 64000 - RELEASED_BLOCK}
+
+
+def generator_file(state: StateDict) -> dict[str, Any]:
+    """What the official loader opens, as Lightning writes it."""
+    return {"state_dict": state}
+
+
 _RELEASE = Release("RenShuhuai-Andy/NBP", "arXiv 2502.07737", LICENCE, "mit")
 register_format(
     OfficialFormat(
@@ -138,5 +206,19 @@ register_format(
         from_official=tokenizer_from_official,
         to_official=tokenizer_to_official,
         wrapped=tokenizer_file,
+    )
+)
+register_format(
+    OfficialFormat(
+        "NBP transformer",
+        _SIGN,
+        "varkit.generators.nbp:NBP",
+        lambda state: _SIGN in state and f"{_PART}tok_emb.weight" in state,
+        read_generator_arguments,
+        _RELEASE,
+        from_official=lambda state, model: generator_from_official(state),
+        to_official=generator_to_official,
+        wrapped=generator_file,
+        sampling=SAMPLING,
     )
 )

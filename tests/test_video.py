@@ -449,7 +449,7 @@ def test_random_starts_are_uniform_over_all_there_are() -> None:
     [
         ({"frames": 0}, "count from 1"),
         ({"stride": 0}, "count from 1"),
-        ({"start": "last"}, "start must be one of first, random, all; got 'last'"),
+        ({"start": "last"}, "start must be one of first, middle, random, all; got 'last'"),
         ({"short": "loop"}, "short must be refuse or skip"),
         ({"per_video": 2}, "per_video=2 goes with start=random; got start=first"),
     ],

@@ -46,6 +46,7 @@ class Draw(IntEnum):
     FILL_NOISE = 24  # noise in place of hidden inputs, or over what is read, and how much of it
     MOTION = 44  # what a computed clip shows, and how it moves
     DISCRIMINATOR = 30  # how images are changed before a discriminator sees them
+    TARGET_NOISE = 31  # how far from certain a discriminator's targets are
     LATENT = 50  # the sample of a posterior over latents
     NOISE = 51  # where a flow starts, and the noise it is trained with
     STUDENT_NOISE = 53  # where a distilled student starts: never a trajectory that it learned from
@@ -55,6 +56,7 @@ class Draw(IntEnum):
     CONFIDENCE = 61  # noise on how sure a drawn token is, in masked sampling
     MASK = 62  # which tokens are masked, and how many, when a masked generator trains
     UNQUANTISED = 70  # which training images a quantiser passes on as they are
+    CODE = 72  # which code a stochastic quantiser takes
     CORRUPT = 71  # which tokens are replaced by random ones in training, and by which
     DENOISE = 80  # the noise that each step of a diffusion adds
     SOLVER_NOISE = 90  # the noise that a stochastic solver adds in its steps
@@ -87,6 +89,20 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[Tensor, Tensor]) -> tuple
         )
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
+
+
+def pick(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Inverse-CDF draw: one uniform in (0, 1) picks one entry, never one of probability 0.
+
+    Args: probs: (..., V), need not sum to 1.   uniform: (...).
+    Returns: (...) int64.
+    """
+    # float64 where the device has it: the sum over a large codebook must not round away its tail.
+    cdf = probs.to(torch.float32 if probs.device.type == "mps" else torch.float64).cumsum(-1)
+    total = cdf[..., -1:].contiguous()
+    ids = torch.searchsorted(cdf, total * uniform.to(cdf.dtype)[..., None], right=True)
+    last = torch.searchsorted(cdf, total)  # the first entry to reach the total: the last possible one
+    return torch.minimum(ids, last)[..., 0]
 
 
 class Rng:

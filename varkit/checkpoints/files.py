@@ -27,6 +27,7 @@ WRAPPERS = (
     "trainer",
     "ema_parameters",
     "var_wo_ddp",
+    "sd",
 )
 
 

@@ -185,7 +185,7 @@ def transformer_from_official(state: StateDict) -> StateDict:
 def _is_transformer(key: str) -> Callable[[Mapping[str, Tensor]], bool]:
     def is_it(state: Mapping[str, Tensor]) -> bool:
         keys = (key, "layers.0.attention.wqkv.weight", "tok_embeddings.weight")
-        others = ("n_d_embed.weight", "adapter_mlp.fc1.weight")  # a student's, and ControlAR's
+        others = ("n_d_embed.weight", "adapter_mlp.fc1.weight", "abs_pe")  # a student's, ControlAR's, LARP's
         return all(k in state for k in keys) and not any(k in state for k in others)
 
     return is_it

@@ -23,34 +23,15 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.generators.maskgit import Attention
 from varkit.heads.diffusion import Diffusion, DiffusionHead, fold, unfold
 from varkit.heads.gaussian import STEPS
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.mlp import FeedForward
+from varkit.layers.vit import Block
 from varkit.layout import TokenLayout
 from varkit.orders import order_groups, random_orders, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
-
-
-class Block(nn.Module):
-    """A transformer block, norms before the branches, attention of all to all."""
-
-    def __init__(
-        self, dim: int, num_heads: int, hidden: int, dropout: float, attention_dropout: float, eps: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, num_heads, True, dropout, attention_dropout)
-        self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = FeedForward(dim, hidden, dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
-
 
 # ---- tokens and masks ---------------------------------------------------------------------------------------------
 

@@ -23,27 +23,11 @@ from torch import Tensor, nn
 from varkit.heads.categorical import Categorical
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
+from varkit.layers.vit import Attention
 from varkit.layout import TokenLayout
 from varkit.orders import GROUPED, order_groups, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
-
-
-class Attention(nn.Module):
-    """Multi-head attention of all entries to all."""
-
-    def __init__(self, dim: int, num_heads: int, bias: bool, dropout: float, attention_dropout: float) -> None:
-        super().__init__()
-        self.num_heads, self.attention_dropout = num_heads, attention_dropout
-        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
-        self.proj = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # B H S D each
-        dropout = self.attention_dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.dropout(self.proj(out.transpose(1, 2).flatten(2)))
 
 
 class FeedForward(nn.Module):

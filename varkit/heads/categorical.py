@@ -10,20 +10,7 @@ from torch import Tensor
 
 from varkit.interfaces import Predictive, Processor
 from varkit.rng import Draw, Rng
-
-
-def pick(probs: Tensor, uniform: Tensor) -> Tensor:
-    """Inverse-CDF draw: one uniform in (0, 1) picks one entry, never one of probability 0.
-
-    Args: probs: (..., V), need not sum to 1.   uniform: (...).
-    Returns: (...) int64.
-    """
-    # float64 where the device has it: the sum over a large codebook must not round away its tail.
-    cdf = probs.to(torch.float32 if probs.device.type == "mps" else torch.float64).cumsum(-1)
-    total = cdf[..., -1:].contiguous()
-    ids = torch.searchsorted(cdf, total * uniform.to(cdf.dtype)[..., None], right=True)
-    last = torch.searchsorted(cdf, total)  # the first entry to reach the total: the last possible one
-    return torch.minimum(ids, last)[..., 0]
+from varkit.rng import pick as pick  # where others look for it
 
 
 def weighted_cross_entropy(

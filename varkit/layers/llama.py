@@ -96,6 +96,10 @@ def turn(x: Tensor, by: Tensor) -> Tensor:
     return turned.flatten(-2).type_as(x)
 
 
+Rotate = Callable[[Tensor, int | Tensor], Tensor]
+"""(B, n, heads, D) and where in the sequence they stand -> the same, turned: a `Rotary`, or what stands for one."""
+
+
 class RMSNorm(nn.Module):
     """Divides by the root mean square in float32, then multiplies by a learned weight."""
 
@@ -131,7 +135,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Rotary,
+        rotary: Rotate,
         mask: Tensor | None,
         cache: KVCache | CacheSlots | None,
         layer: int,
@@ -196,7 +200,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: Rotary,
+        rotary: Rotate,
         mask: Tensor | None = None,
         cache: KVCache | CacheSlots | None = None,
         layer: int = 0,

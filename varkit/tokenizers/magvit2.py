@@ -369,8 +369,9 @@ register_model(
         "tokenizer",
         _builder(
             image_size=32,
-            base_channels=32,
-            widths=(32, 32, 64, 96),
+            base_channels=16,
+            widths=(16, 32, 48, 64),
+            norm_groups=8,
             num_units=(0, 1, 2, 2),
             strides=((1, 2, 2), (2, 2, 2), (2, 1, 1)),
             levels=(8, 5, 5, 5),

@@ -67,7 +67,7 @@ def start_from(plan: FinetuneConfig, kind: type[Any], classes: Sequence[str]) ->
 
     Args:
         kind: the generator's class.
-        classes: names of the data's classes, by id; empty when it has none. A model of texts has no use for them.
+        classes: names of the data's classes, by id; empty when it has none. Of use to models of classes alone.
     Returns: the model, float32, and a line for the log.
     Raises: ConfigError when `model_overrides` contradict the weights; ValueError when there is no such model.
     """
@@ -79,8 +79,8 @@ def start_from(plan: FinetuneConfig, kind: type[Any], classes: Sequence[str]) ->
     )
     require_same(model, wanted, plan.init_from)
     model = model.float()
-    if model.condition == "text":
-        return model, f"starts from {plan.init_from}, conditioned on text: no class embedding is resized"
+    if model.condition != "class":
+        return model, f"starts from {plan.init_from}, conditioned on {model.condition}: no class embedding is resized"
     return model, resize_classes(model, classes, names, count=count)
 
 

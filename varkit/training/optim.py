@@ -110,16 +110,19 @@ def lr_and_decay(
 def parameter_groups(module: nn.Module, layer_decay: float = 1.0) -> list[dict[str, Any]]:
     """Parameters with weight decay, and without (biases, 1-D tensors, and names in `module.no_decay`).
 
-    With `layer_decay` below 1 each depth has groups of its own, the head's first, and a factor `lr_scale`.
+    With `layer_decay` below 1 each depth has groups of its own, the head's first, and a factor `lr_scale`; so have the
+    parts that `module.lr_scales` names, with their factor.
     """
     parts = tuple(getattr(module, "no_decay", ()))
     scales = layer_scales(module, layer_decay) if layer_decay < 1 else {}
+    factors: dict[str, float] = getattr(module, "lr_scales", {})
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         exempt = parameter.dim() < 2 or name.endswith("bias") or any(p in name for p in parts)
-        groups.setdefault((-scales.get(name, 1.0), exempt), []).append(parameter)
+        factor = next((f for part, f in factors.items() if name.startswith(f"{part}.")), 1.0)
+        groups.setdefault((-scales.get(name, 1.0) * factor, exempt), []).append(parameter)
     return [
         {"params": groups[key], "decay_scale": 0.0 if key[1] else 1.0, "lr_scale": -key[0]} for key in sorted(groups)
     ]

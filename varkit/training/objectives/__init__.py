@@ -15,6 +15,7 @@ OBJECTIVES = {
     "titok": "varkit.training.objectives.titok",
     "bae": "varkit.training.objectives.binary_autoencoder",
     "kl-vae": "varkit.training.objectives.kl_vae",
+    "larp": "varkit.training.objectives.larp",
     "flextok": "varkit.training.objectives.flextok",
     "video-vq": "varkit.training.objectives.video_vq",
     "next-scale": "varkit.training.objectives.next_scale",

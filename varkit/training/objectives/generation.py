@@ -177,7 +177,14 @@ class GeneratorTraining(Objective):
                 f"the model has {sizes['num_classes']} classes, the data {len(self.classes)}; set "
                 f"objective.model_overrides.num_classes, or leave it out"
             )
-        return self.fresh(sizes)
+        try:
+            return self.fresh(sizes)
+        except ValueError as error:
+            if self.num_frames is None:
+                raise
+            raise ConfigError(
+                f"objective.model {self.config.model} cannot be made for clips, {tokenizer.layout.describe()}: {error}"
+            ) from error
 
     @abstractmethod
     def sizes(self, tokenizer: Any) -> dict[str, Any]:

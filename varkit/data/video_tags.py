@@ -85,7 +85,7 @@ class WebPVideo:
             for number in self._order(image):
                 if number != shown:
                     image.seek(number)
-                    frame, shown = np.asarray(image.convert("RGB")), number
+                    frame, shown = np.array(image.convert("RGB")), number
                 yield frame
 
     def _opened(self) -> Any:

@@ -45,7 +45,7 @@ body:not(.dark) .cm-line span { color: inherit !important; }
 #evaluate-scores th, #evaluate-scores td { word-break: normal; border-color: var(--border-color-primary) !important; }
 #evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
 #painter .html-container, #control-board .html-container { padding: 0 !important; }
-#video-clip video, #video-clip img { image-rendering: pixelated; }
+#video-clip video, #video-clip img { image-rendering: pixelated; max-height: 440px; object-fit: contain; }
 #control-map img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 .prompt textarea { unicode-bidi: plaintext; text-align: start; }
 #evaluate-pictures .grid-container { grid-template-columns: 3fr 2fr !important; align-items: start; }

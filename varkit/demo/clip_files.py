@@ -82,6 +82,8 @@ def read_clip(upload: Upload | None, size: tuple[int, int], limits: Limits, firs
         if os.path.getsize(path) > limits.upload_mb * 2**20:
             raise TooMuch(f"the file is larger than {limits.upload_mb} MB; send a shorter or smaller clip")
         kind = kind_of(Path(path))
+        if kind not in readable():
+            raise ValueError(f"{kind} needs PyAV")
         read = _webp if kind == "webp" else _video
         frames = read(Path(path), kind, size, limits, most + (first is None))  # one more tells that there are more
     except TooMuch:

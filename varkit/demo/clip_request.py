@@ -60,7 +60,8 @@ def facts(pipeline: Any) -> str:
     told = f"{pipeline.num_frames} frames of {width} x {height} pixels at once, in {blocks}. "
     if not counts(pipeline):
         return told + "Its tokens are of whole clips, so none can be continued."
-    return told + f"Longer clips go on from the last {pipeline.default_context()} frames."
+    context = pipeline.default_context()
+    return told + f"Longer clips go on from the last {'frame' if context == 1 else f'{context} frames'}."
 
 
 # ---- a request ----------------------------------------------------------------------------------------------------

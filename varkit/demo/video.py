@@ -19,7 +19,15 @@ from varkit.demo.clip_request import (
     has_classes,
     read_given,
 )
-from varkit.demo.common import Models, class_choices, enlarge, need_gradio, readable_errors, setting_updates
+from varkit.demo.common import (
+    SETTINGS,
+    Models,
+    class_choices,
+    enlarge,
+    need_gradio,
+    readable_errors,
+    setting_updates,
+)
 from varkit.demo.controls import (
     HIDDEN,
     NETWORK,
@@ -41,6 +49,7 @@ from varkit.pipelines.clips import clips_as_output
 
 FPS = 8
 """As `varkit sample` writes clips."""
+ANY = "Any: the seed chooses it, or the clip that goes on says it"
 
 
 def generate(models: Models, folder: str, name: str, upload: Upload | None, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -96,15 +105,28 @@ def properties(models: Models, name: str) -> dict[str, dict[str, Any]]:
     return {
         "facts": {"value": facts(pipeline)},
         "class": {
-            "choices": [("Any: drawn by the seed, or left to the clip that goes on", RANDOM), *class_choices(pipeline)],
+            "choices": [("Any", RANDOM), *class_choices(pipeline)],
             "value": RANDOM,
             "visible": has_classes(pipeline),
         },
-        "frames": {"minimum": least, "maximum": most, "step": step, "value": least, "visible": most > least},
+        "frames": {
+            "minimum": least,
+            "maximum": max(most, least + step),  # gradio knows no slider of one value, not even an unseen one
+            "step": step,
+            "value": least,
+            "visible": most > least,
+        },
         "box": {"visible": bool(possible), "open": of_frames},
         "read": {"choices": possible, "value": pipeline.default_context() if possible else None},
-        "guidance": {**setting_updates(pipeline)[0], "visible": has_classes(pipeline)},
     }
+
+
+def settings_of(pipeline: Any) -> list[dict[str, Any]]:
+    """As `setting_updates`: without classes nothing is guided, and models of clips read ids, not blends of codes."""
+    updates = dict(zip(SETTINGS, setting_updates(pipeline), strict=True))
+    updates["guidance_scale"]["visible"] = has_classes(pipeline)
+    updates["more_smooth"]["visible"] = False
+    return list(updates.values())
 
 
 def refresh(models: Models, name: str, upload: Upload | None, where: Any) -> list[Any]:
@@ -115,13 +137,12 @@ def refresh(models: Models, name: str, upload: Upload | None, where: Any) -> lis
         possible, read = about["read"]["choices"], about["read"]["value"]
         with suppress(gr.Error):  # said already when the clip was sent
             shown = preview(models, name, upload, where, read) if possible else []
-        settings = [about["guidance"], *setting_updates(pipeline)[1:]]
         return [
             *(gr.update(**about[key]) for key in ("facts", "class", "frames", "box")),
             gr.skip() if possible else None,
             gr.update(**about["read"]),
             shown,
-            *(gr.update(**u) for u in settings),
+            *(gr.update(**u) for u in settings_of(pipeline)),
         ]
 
 
@@ -137,7 +158,10 @@ def upload_controls(about: dict[str, dict[str, Any]]) -> tuple[Any, list[Any], A
             elem_id="video-upload",
         )
         where = gr.Radio(
-            [("its first", FIRST), ("its last", LAST)], value=FIRST, label="What goes on from", elem_id="video-where"
+            [("its first frames", FIRST), ("its last frames", LAST)],
+            value=FIRST,
+            label="The clip goes on from",
+            elem_id="video-where",
         )
         read = gr.Dropdown(
             label="Frames read", info="As many as make whole tokens", elem_id="video-count", **about["read"]
@@ -162,12 +186,13 @@ def add_tab(models: Models) -> None:
         with gr.Column(scale=2, min_width=300):
             model = gr.Dropdown(models.names, value=first, label="Model of clips", elem_id="video-model")
             told = note(about["facts"]["value"], "video-facts")
-            picker = gr.Dropdown(label="Class", elem_id="video-class", **about["class"])
+            picker = gr.Dropdown(label="Class", info=ANY, elem_id="video-class", **about["class"])
             frames = gr.Slider(label="Frames", elem_id="video-frames", **about["frames"])
             fps = gr.Slider(1, MOST_FPS, FPS, step=1, label="Frames a second", elem_id="video-fps")
             box, sent, shown = upload_controls(about)
             settings = setting_controls(models.open(first))
-            settings[0].visible = about["guidance"]["visible"]
+            for control, update in zip(settings, settings_of(models.open(first)), strict=True):
+                control.visible = update.get("visible", True)
             seed = seed_controls()
             start_stop = buttons("Generate", "video")
         with gr.Column(scale=5, min_width=320):
@@ -184,7 +209,7 @@ def add_tab(models: Models) -> None:
                     )
                     for kind in written()
                 ]
-            lines = code("The same clip from the command line: clip is what you sent", "video-command")
+            lines = code("The same from the command line; what you sent is called clip", "video-command")
             python = code("The same in Python", "video-snippet", "python")
     wire(
         start_stop,

@@ -221,6 +221,18 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
+def moving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of `varkit demo` with a tiny model of clips."""
+    pytest.importorskip("av", reason="the extra video is not installed")
+    from tests.test_demo_video import save_clips
+
+    folder = tmp_path_factory.mktemp("moving")
+    model = save_clips(folder / "tiny-clips")
+    with served(["-m", "varkit", "demo", "--port", "{port}", f"--model={model}"], folder / "server.log") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
 def browser(page: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     folder, port = tmp_path_factory.mktemp("chromium"), free_port()
     with process([str(CHROMEDRIVER), f"--port={port}"], folder / "chromedriver.log"):
@@ -400,6 +412,72 @@ def test_a_prompt_of_any_script_is_drawn(browser: Browser, asking: str, shots: P
     assert prompt in browser.text("#text-command").replace("\n", " ")
     browser.screenshot(shots / "text-1280.png")
     on_a_phone(browser, shots / "text-390.png")
+    assert browser.errors() == []
+
+
+# ---- clips ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_clip_plays_stops_and_goes_on(browser: Browser, moving: str, shots: Path, tmp_path: Path) -> None:
+    from varkit.data.video import write_video
+
+    browser.open(moving)
+    wait("the tab of the first model", lambda: browser.text("#video-button"))
+    video = "const v = document.querySelector('#video-clip video'); return "
+    source = "document.querySelector('#video-clip video')?.src ?? ''"
+    assert " at once, in " in browser.text("#video-facts")
+    browser.click("#video-button")
+    wait("the run to end", lambda: "network passes" in browser.text("#video-status"))
+    wait("the clip to play", lambda: browser.run(video + "!!v && !v.paused && v.readyState >= 2 && v.currentTime > 0"))
+    side = browser.run(video + "[v.videoWidth, v.videoHeight, getComputedStyle(v).imageRendering]")
+    assert side[0] == side[1] >= 128 and side[2] == "pixelated"
+    assert "varkit sample" in browser.text("#video-command") and "write_video" in browser.text("#video-snippet")
+    ready = "return [...document.querySelectorAll('button[id^=video-download]')].filter(e => !e.disabled).length"
+    wait("the downloads", lambda: browser.run(ready) == 2)
+    browser.screenshot(shots / "video-1280.png")
+    on_a_phone(browser, shots / "video-390.png")
+
+    stops = 0
+    for _ in range(6):
+        set_number(browser, "#video-frames input[type=number]", 125)
+        browser.click("#video-button")
+        wait("the first block", lambda: "Block" in browser.text("#video-status"))
+        browser.click("#video-stop")
+        wait("an end", lambda: any(word in browser.text("#video-status") for word in ("Stopped.", "passes")))
+        stops += "Stopped." in browser.text("#video-status")
+        if stops:
+            break
+    assert stops
+    set_number(browser, "#video-frames input[type=number]", 5)
+
+    clip = np.full((7, 48, 64, 3), 30, np.uint8)
+    for number, frame in enumerate(clip):
+        frame[10:30, 5 + 5 * number : 25 + 5 * number] = (230, 120, 40)
+    write_video(clip, tmp_path / "moving square.gif")
+    browser.click("#video-box button")
+    wait("the file box", lambda: browser.run("return !!document.querySelector('#video-upload input[type=file]')"))
+    browser.send_file("#video-upload input[type=file]", tmp_path / "moving square.gif")
+    wait("the frame that is read", lambda: browser.pictures("#video-read") == 1)
+    browser.click("#video-count input")
+    wait("the choices", lambda: browser.run("return document.querySelectorAll('[role=option]').length") >= 2)
+    browser.click("[role=option]:last-of-type")
+    wait("the frames that are read", lambda: browser.pictures("#video-read") == 3)
+    last = browser.run("return " + source)
+    browser.click("#video-button")
+    wait("the command", lambda: "--continue clip.gif --given 3" in browser.text("#video-command").replace("\n", " "))
+    wait("another clip", lambda: browser.run("return " + source) not in ("", last))
+    wait("it to play", lambda: browser.run(video + "!!v && !v.paused && v.currentTime > 0"))
+    browser.screenshot(shots / "video-continued-1280.png", whole=True)
+    on_a_phone(browser, shots / "video-continued-390.png")
+
+    (tmp_path / "broken.mp4").write_bytes(b"no clip")
+    remove = (
+        "document.querySelector('#video-upload button[aria-label*=Clear], #video-upload button[aria-label*=emove]')"
+    )
+    browser.run(remove + "?.click()")
+    wait("the file box", lambda: browser.run("return !!document.querySelector('#video-upload input[type=file]')"))
+    browser.send_file("#video-upload input[type=file]", tmp_path / "broken.mp4")
+    wait("the refusal", lambda: "not a clip that can be read" in browser.text("body"))
     assert browser.errors() == []
 
 

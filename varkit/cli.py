@@ -630,12 +630,14 @@ def demo(
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests in the queue, of all visitors.")] = 200,
     max_upload_mb: Annotated[int, typer.Option(min=1, help="Megabytes of an uploaded file.")] = 10,
     max_side: Annotated[int, typer.Option(min=1, help="Pixels of an uploaded image's longer side.")] = 4096,
+    max_frames: Annotated[int, typer.Option(min=1, help="Frames of a clip, drawn or sent to be continued.")] = 128,
+    max_seconds: Annotated[int, typer.Option(min=1, help="Seconds of an uploaded clip.")] = 60,
 ) -> None:
     """Open the web demo (needs the extra `app`)."""
     from varkit.demo.app import launch
     from varkit.demo.limits import Limits
 
-    limits = Limits(max_images, max_evaluated, max_waiting, max_upload_mb, max_side)
+    limits = Limits(max_images, max_evaluated, max_waiting, max_upload_mb, max_side, max_frames, max_seconds)
     launch(host=host, port=port, model=model or ["fashion-var"], limits=limits, reference=reference)
 
 

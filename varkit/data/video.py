@@ -100,11 +100,14 @@ def _av() -> Any:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The container and its first video stream. What PyAV raises inside becomes a ValueError that names the file."""
+def _opened(path: Path, container_format: str | None = None) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream. What PyAV raises inside becomes a ValueError that names the file.
+
+    Args: container_format: what the file must be; None finds it out.
+    """
     av = _av()
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=container_format) as container:
             if not container.streams.video:
                 raise ValueError("it holds no video stream")
             stream = container.streams.video[0]
@@ -113,6 +116,29 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or reason_of(error)
         raise ValueError(f"{path} cannot be read as a video: {reason}") from error
+
+
+class VideoHeader(NamedTuple):
+    """What a container says of its video before anything is decoded.   seconds: None where it does not say."""
+
+    height: int
+    width: int
+    seconds: float | None
+
+
+@contextmanager
+def one_by_one(path: Path, container_format: str, max_pixels: int) -> Iterator[tuple[VideoHeader, Iterator[Clip]]]:
+    """The header of a file, and its frames, uint8 (H, W, 3), each decoded when it is asked for.
+
+    For files of strangers: no other format is tried, and a frame of more than `max_pixels` is not decoded.
+    Raises: ValueError for a file that is no video of that format; ImportError without PyAV.
+    """
+    with _opened(path, container_format) as (container, stream):
+        context = stream.codec_context
+        context.options = {"max_pixels": str(max_pixels)}
+        seconds = container.duration / _av().time_base if container.duration else None
+        frames = (frame.to_ndarray(format="rgb24") for frame in container.decode(stream))
+        yield VideoHeader(context.height, context.width, seconds), frames
 
 
 class VideoFile:

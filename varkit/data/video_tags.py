@@ -7,7 +7,8 @@ mp4, mov, mkv, webm and avi have a tag `comment`, GIF a comment extension (Compu
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from varkit.pictures import DESCRIPTION, METADATA_KEY
 
 BLOCK = 255
 """Bytes of one sub-block of a GIF."""
+MOST_NOTED = 100_000
+"""Frames that an animated WebP may be said to have, beyond the pictures that it holds."""
 
 
 def as_text(settings: dict[str, Any], **more: Any) -> str:
@@ -73,13 +76,17 @@ class WebPVideo:
 
     def read(self, frames: int, stride: int, start: int) -> np.ndarray:
         """uint8 (T, H, W, 3)."""
+        return np.stack(list(islice(self.one_by_one(), start, start + (frames - 1) * stride + 1, stride)))
+
+    def one_by_one(self) -> Iterator[np.ndarray]:
+        """The frames, uint8 (H, W, 3), each decoded when it is asked for."""
         with self._opened() as image:
-            order = self._order(image)[start : start + (frames - 1) * stride + 1 : stride]
-            found: dict[int, np.ndarray] = {}
-            for number in dict.fromkeys(order):
-                image.seek(number)
-                found[number] = np.asarray(image.convert("RGB"))
-        return np.stack([found[number] for number in order])
+            shown = -1
+            for number in self._order(image):
+                if number != shown:
+                    image.seek(number)
+                    frame, shown = np.array(image.convert("RGB")), number
+                yield frame
 
     def _opened(self) -> Any:
         try:
@@ -92,9 +99,10 @@ class WebPVideo:
         """Frames, and how many a second, as varkit wrote them."""
         try:
             about = json.loads(image.getexif().get(DESCRIPTION) or "")
-            return int(about["frames"]), float(about["fps"])
-        except (ValueError, KeyError, TypeError):
+            frames, fps = int(about["frames"]), float(about["fps"])
+        except (ValueError, KeyError, TypeError, OverflowError):
             return None
+        return (frames, fps) if 1 <= frames <= MOST_NOTED and 0 < fps <= 1000 else None  # others may note anything
 
     def _order(self, image: Any) -> Sequence[int]:
         """Which stored picture each frame is."""

@@ -45,6 +45,7 @@ body:not(.dark) .cm-line span { color: inherit !important; }
 #evaluate-scores th, #evaluate-scores td { word-break: normal; border-color: var(--border-color-primary) !important; }
 #evaluate-scores th, #evaluate-scores td:nth-child(2) { white-space: nowrap; }
 #painter .html-container, #control-board .html-container { padding: 0 !important; }
+#video-clip video, #video-clip img { image-rendering: pixelated; max-height: 440px; object-fit: contain; }
 #control-map img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 .prompt textarea { unicode-bidi: plaintext; text-align: start; }
 #evaluate-pictures .grid-container { grid-template-columns: 3fr 2fr !important; align-items: start; }
@@ -56,7 +57,8 @@ body:not(.dark) .cm-line span { color: inherit !important; }
   .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
   .gradio-container main, .gradio-container .app { padding-left: 12px !important; padding-right: 12px !important; }
   #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container,
-  #text-images .grid-container, #control-images .grid-container, #control-scales .grid-container {
+  #text-images .grid-container, #control-images .grid-container, #control-scales .grid-container,
+  #video-read .grid-container {
     grid-template-columns: repeat(3, minmax(0, 1fr)) !important;
   }
   #evaluate-pictures .grid-container { grid-template-columns: 1fr !important; }
@@ -78,23 +80,24 @@ def build_demo(
     Args:
         models: what to offer, the first of them shown first: shipped names, saved pipeline folders, released
             checkpoints. The shipped models are always offered too. Models of texts are in the tab Text, those that
-            control images steer in the tab Control; without any there is no such tab.
+            control images steer in the tab Control, those of clips in the tab Video; without any there is no such tab.
         limits: how much a visitor may ask for.
         reference: the real images that the tab "Evaluate" scores against, as `varkit eval` takes them.
     Raises: ImportError without gradio; ValueError when there is no model, or the first cannot be opened.
     """
     gr = need_gradio()
-    from varkit.demo import class_to_image, compare, edit, evaluate, reconstruct, steer, text
+    from varkit.demo import class_to_image, compare, edit, evaluate, reconstruct, steer, text, video
     from varkit.pipelines.auto import zoo_models
 
     offered = Models([*models, *zoo_models()], limits)
     first = offered.names[0]
     offered.open(first)
     takes = {name: offered.takes(name) for name in offered.names}
-    classes = offered.only([n for n, t in takes.items() if not (t.text or t.always)])
+    classes = offered.only([n for n, t in takes.items() if not (t.text or t.always or t.clips)])
     texts = offered.only([n for n, t in takes.items() if t.text and not t.always])
     steered = offered.only([n for n, t in takes.items() if t.control])
-    kinds = {"generate": classes, "text": texts, "control": steered}
+    clips = offered.only([n for n, t in takes.items() if t.clips])
+    kinds = {"generate": classes, "text": texts, "control": steered, "video": clips}
     shown = next(tab for tab, some in kinds.items() if first in some.names)
     with gr.Blocks(title="varkit", analytics_enabled=False, delete_cache=(3600, 3600)) as demo:
         with gr.Row(elem_id="header"):
@@ -111,6 +114,8 @@ def build_demo(
                 text.add_tab(texts)
             if steered.names:
                 steer.add_tab(steered)
+            if clips.names:
+                video.add_tab(clips)
             if classes.names:
                 reconstruct.add_tab(classes, model)
                 edit.add_tab(classes, model)

@@ -67,13 +67,20 @@ def class_words(labels: Sequence[int]) -> list[str]:
 
 
 def sample_line(
-    source: str, asked: Sequence[str], num: int, seed: int, settings: dict[str, Any], default: dict[str, Any]
+    source: str,
+    asked: Sequence[str],
+    num: int,
+    seed: int,
+    settings: dict[str, Any],
+    default: dict[str, Any],
+    out: str = "grid.png",
 ) -> str:
     """A command line of `varkit sample`.
 
     Args:
         asked: words that say what is drawn.
         settings, default: what was used, and what the model uses when nothing is said.
+        out: the file that it writes.
     """
     words = ["varkit", "sample", source, *asked]
     words += ["--num", str(num), "--seed", str(seed), "--guidance", f"{settings['guidance_scale']:g}"]
@@ -85,7 +92,7 @@ def sample_line(
             words.append(f"--{flag}" if settings[name] else f"--no-{flag}")
         else:
             words += [f"--{flag}", str(settings[name])]
-    return shlex.join([*words, "--out", "grid.png"])
+    return shlex.join([*words, "--out", out])
 
 
 def generate(models: Models, name: str, choice: str, num: Any, *rest: Any) -> Iterator[tuple[Any, Any, str, str]]:

@@ -43,11 +43,15 @@ def need_gradio() -> Any:
 
 @dataclass(frozen=True)
 class Takes:
-    """What a model is asked with.   text: prompts; else classes.   control: control images.   always: never without."""
+    """What a model is asked with.   text: prompts; else classes.   control: control images.   always: never without.
+
+    clips: it draws clips, not images.
+    """
 
     text: bool
     control: bool
     always: bool
+    clips: bool = False
 
 
 class Models:
@@ -100,9 +104,13 @@ class Models:
             config = json.loads(part.read_text(encoding="utf-8"))
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
             text = index.get("_class_name") == "TextToImagePipeline"
+            clips = index.get("_class_name") == "ClassToVideoPipeline"
         else:
-            transformer = self.open(name).transformer
-            config, text = transformer.config, transformer.condition == "text"
+            pipeline = self.open(name)
+            config, text = pipeline.transformer.config, pipeline.transformer.condition == "text"
+            clips = pipeline.image_tokenizer.num_frames is not None
+        if clips:
+            return Takes(text=False, control=False, always=False, clips=True)
         control = config.get("control") is not None
         return Takes(text, control, control and not config.get("control_drop_rate"))
 

@@ -11,7 +11,9 @@ class Limits:
     """Options of `varkit demo`; what exceeds one is refused before any work.
 
     images: of one request.   evaluated: images of one evaluation.   waiting: requests in the queue, of all visitors.
-    upload_mb: megabytes of one file.   side: pixels of the longer side of an uploaded image.
+    upload_mb: megabytes of one file.   side: pixels of the longer side of an uploaded image or clip.
+    frames: of a clip that is drawn (those that its model draws at once are always allowed), or of one that is sent to
+        be continued at its end.   seconds: of a clip that is sent.
     Raises: ValueError for one below 1, or an evaluation of fewer than 16 images.
     """
 
@@ -20,6 +22,8 @@ class Limits:
     waiting: int = 200
     upload_mb: int = 10
     side: int = 4096
+    frames: int = 128
+    seconds: int = 60
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -239,6 +239,8 @@ def test_a_model_of_texts_is_packed_with_its_matcher_and_has_a_card(tokenizer: s
     (tmp_path / "card.yaml").write_text(yaml.safe_dump(values, allow_unicode=True))
     text, ship = load_text(tmp_path / "card.yaml"), tmp_path / "ship"
     pack_model(text, ship)
+    opened = AutoPipeline.from_pretrained(ship)
+    assert {part.dtype for part in (opened.text_encoder, opened.transformer, opened.image_tokenizer)} == {torch.float32}
     packed = open_matcher(ship / "matcher").state_dict()
     assert all(torch.equal(v, packed[k]) for k, v in unpack_tensors(pack_tensors(_weights(judge.folder))).items())
     command = CliRunner().invoke(app, ["retrieval", str(ship), str(tmp_path / "set"), "--num", "4", "--json"])

@@ -83,6 +83,8 @@ def pack_model(text: CardText, folder: Path) -> None:
     }
     packed = {name: pack_tensors(part.state_dict()) for name, part in models.items() if text.dtype == "int8"}
     pipeline.to(torch.float32 if text.dtype == "float32" else torch.float16).save_pretrained(folder)
+    if (folder / "text_encoder" / "config.json").is_file():
+        _opened_as_float32(folder / "text_encoder" / "config.json")
     if text.matcher is not None:
         judge = open_matcher(text.matcher)
         judge.save_pretrained(folder / "matcher")
@@ -92,6 +94,12 @@ def pack_model(text: CardText, folder: Path) -> None:
         write_packed(tensors, folder / name)
     if text.classifier is not None:
         shutil.copytree(text.classifier, folder / "classifier", dirs_exist_ok=True)
+
+
+def _opened_as_float32(config: Path) -> None:
+    """transformers opens a network in the type that its file says it was stored in."""
+    written = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps({**written, "dtype": "float32"}, indent=2) + "\n", encoding="utf-8")
 
 
 def write_card(

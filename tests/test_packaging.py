@@ -66,8 +66,8 @@ def test_wheel_holds_varkit_and_nothing_else(wheel: tuple[list[str], set[str]]) 
 
 
 def test_wheel_holds_all_of_varkit(wheel: tuple[list[str], set[str]]) -> None:
-    """Of the zoo only fashion-var is installed, and the network of the protocol moving-fashion; later models are files of
-    the repository."""
+    """Of the zoo only fashion-var and the network moving-fashion are installed; later models are files of the
+    repository."""
     names, tree = wheel
     packed = {name for name in names if name.startswith("varkit/")}
     zoo = {f for f in tree if f.startswith("varkit/zoo/") and f.count("/") > 2 and "/fashion-var/" not in f}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varkit.data.clips import CLIP_DATASETS
 from varkit.data.video import ClipRule, VideoSet, clips, open_videos
 from varkit.metrics.checks import check_images, check_statistics
 from varkit.metrics.collect import collect, gathered, process
@@ -87,7 +88,7 @@ def evaluate_videos(
         if guidance or fixed:
             raise ValueError(f"{generated} is no model of clips: there is nothing to sample")
         many = isinstance(generated, list | tuple)
-        sets = [clip_set(one, protocol, generated=True, root=root) for one in (generated if many else [generated])]
+        sets = [_given(one, protocol, root) for one in (generated if many else [generated])]
         size = sets[0].size[1:]
     opening: dict[str, Any] = {"generated": False, "root": root, "size": size}
     real: ImageSet | Reference
@@ -123,6 +124,13 @@ def evaluate_videos(
     if unlabelled:
         report.warnings.append(f"no accuracy: no labels in {', '.join(unlabelled)}")
     return report
+
+
+def _given(source: Any, protocol: Protocol, root: str | None) -> ImageSet:
+    """Clips to be scored: of a named set, which is computed, the first so many; of files, as many as there are."""
+    found = clip_set(source, protocol, generated=True, root=root)
+    named = isinstance(source, str) and source.split(":")[0] in CLIP_DATASETS
+    return replace(first_clips(found, protocol.sampling.num), name=source) if named else found
 
 
 def _score(

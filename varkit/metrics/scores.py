@@ -179,7 +179,7 @@ def _accuracy(c: Context, out: Scored) -> None:
     assert c.predicted is not None and c.labels is not None
     right = (c.predicted.argmax(1) == c.labels).double()
     value, low, high = c.mean(right)
-    how = f"{len(right):,} images, {c.classifier}"
+    how = f"{len(right):,} {c.noun}, {c.classifier}"
     out.scores.append(Score("accuracy", c.titles["accuracy"], value, low, high, "higher", how))
     classes = c.predicted.shape[1]
     counts = torch.bincount(c.labels, minlength=classes)

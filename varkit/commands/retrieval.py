@@ -40,8 +40,8 @@ def retrieval(
     from varkit.metrics.matcher import open_matcher
     from varkit.metrics.retrieval import retrieval as run
 
-    matcher = matcher or beside(name)
-    judge = open_matcher(matcher)
+    judge = open_matcher(matcher or beside(name))
+    judged_by = str(matcher or f"{name}/matcher")
     pipeline = open_pipeline(name, device, "float32")
     splits = tuple(split or ("train", "test"))
     rows = run(
@@ -61,10 +61,10 @@ def retrieval(
     if as_json:
         given = {"guidance_scale": guidance, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings = pipeline.sampler.settings(**{k: v for k, v in given.items() if v is not None})
-        told = {"model": name, "matcher": str(matcher), "data": data, "seed": seed, "settings": settings}
+        told = {"model": name, "matcher": judged_by, "data": data, "seed": seed, "settings": settings}
         typer.echo(json.dumps({**told, "rows": [asdict(row) for row in rows]}))
         return
-    typer.echo(f"{name}, seed {seed}, judged by {matcher}: captions found among those of the split")
+    typer.echo(f"{name}, seed {seed}, judged by {judged_by}: captions found among those of the split")
     for row in rows:
         ends = [f" [{e[0]:.1%}, {e[1]:.1%}]" if e else "" for e in (row.top1_interval, row.top5_interval)]
         typer.echo(

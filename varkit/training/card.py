@@ -226,12 +226,12 @@ def _retrieval(found: dict[str, Any]) -> str:
             ends = row[f"{key}_interval"]
             line[key.replace("p", "p-")] = f"{row[key]:.1%}" + (f" ({ends[0]:.1%} to {ends[1]:.1%})" if ends else "")
         rows.append(line)
-    settings = ", ".join(f"{k} {v}" for k, v in found["settings"].items() if v is not None)
+    settings = ", ".join(f"{k} {v}" for k, v in found["settings"].items() if v)
     return (
         f"By `varkit retrieval`: how often a matcher, trained on the training split by itself, finds the caption of an "
-        f"image among all\nof the split ({settings}; seed {found['seed']}). In brackets: 95% intervals. *real* is what "
-        f"the matcher can do,\n*reconstructed* the same through the tokenizer. [generation.json](card/generation.json) "
-        f"holds everything.\n\n{plain_table(rows)}"
+        f"image among all\nof the split. In brackets: 95% intervals. *real* is what the matcher can do, *reconstructed* "
+        f"the same through the\ntokenizer. [generation.json](card/generation.json) holds everything. Settings: seed "
+        f"{found['seed']}, {settings}.\n\n{plain_table(rows)}"
     )
 
 

@@ -154,7 +154,7 @@ def upload_controls(about: dict[str, dict[str, Any]]) -> tuple[Any, list[Any], A
         upload = gr.File(
             label=", ".join(FORMATS[kind] for kind in kinds),
             file_types=[f".{kind}" for kind in kinds],
-            height=120,
+            height=150,
             elem_id="video-upload",
         )
         where = gr.Radio(

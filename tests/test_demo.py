@@ -625,6 +625,8 @@ def test_the_page_builds_and_offers_a_call_a_tab(demo: Any) -> None:
         "/edit",
         "/compare",
         "/evaluate",
+        "/text",
+        "/video",
     }
     dropdown = next(b for b in demo.blocks.values() if getattr(b, "elem_id", None) == "model")
     assert dropdown.value == NAME and dropdown.choices[0] == (NAME, NAME)

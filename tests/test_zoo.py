@@ -49,7 +49,7 @@ def test_what_ships_is_small_and_holds_no_code() -> None:
     files = [p for p in ZOO.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
     assert sum(p.stat().st_size for p in files if p.suffix == ".safetensors") <= 50_000_000
     assert sum(p.stat().st_size for p in files if FOLDER in p.parents) <= 14_000_000
-    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png", ".html", ".py"}
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".md", ".png", ".webp", ".html", ".py"}
     assert [p.name for p in files if p.suffix == ".py"] in ([], ["__init__.py"])
 
 

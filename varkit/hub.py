@@ -14,7 +14,7 @@ from varkit.eight_bit import open_packed, packed_folder
 from varkit.metrics.report import Report
 from varkit.model_card import model_card
 
-SUFFIXES = (".safetensors", ".json", ".md", ".png")
+SUFFIXES = (".safetensors", ".json", ".md", ".png", ".webp")
 """The files of a folder that are uploaded without being named."""
 
 TOKEN_HELP = "run `hf auth login`, or set HF_TOKEN to a token that may write (huggingface.co/settings/tokens)"

@@ -26,7 +26,7 @@ def facts_of(folder: Path, *words: str) -> str:
     """The card, which has these words and all of its pictures."""
     card = (folder / "README.md").read_text()
     for word in ("library_name: varkit", "license:", "## Limits", "Machine:", *words):
-        assert word in card
+        assert word in " ".join(card.split())
     for picture in (folder / "card").glob("*.png"):
         assert f"card/{picture.name}" in card and Image.open(picture).width > 200
     return card
@@ -34,7 +34,7 @@ def facts_of(folder: Path, *words: str) -> str:
 
 def test_the_card_of_emoji_says_what_was_measured_and_who_drew_them() -> None:
     found = json.loads((EMOJI / "card" / "generation.json").read_text())
-    credits = ("Noto Emoji", "Google LLC", "Twemoji", "CC-BY 4.0", "Cal\n", "varkit train emoji_llamagen")
+    credits = ("Noto Emoji", "Google LLC", "Twemoji", "CC-BY 4.0", "Cal Henderson", "varkit train emoji_llamagen")
     card = facts_of(EMOJI, *credits, "pipeline_tag: text-to-image")
     assert len(found["rows"]) == 8 and {row["captions"] for row in found["rows"]} == {510}
     for row in found["rows"]:

@@ -229,8 +229,8 @@ def _retrieval(found: dict[str, Any]) -> str:
     settings = ", ".join(f"{k} {v}" for k, v in found["settings"].items() if v)
     return (
         f"By `varkit retrieval`: how often a matcher, trained on the training split by itself, finds the caption of an "
-        f"image among all\nof the split. In brackets: 95% intervals. *real* is what the matcher can do, *reconstructed* "
-        f"the same through the\ntokenizer. [generation.json](card/generation.json) holds everything. Settings: seed "
+        f"image among all\nof the split. In brackets: 95% intervals. *real* is what the matcher can do, "
+        f"*reconstructed* the same through the\ntokenizer. [generation.json](card/generation.json) holds everything. Settings: seed "
         f"{found['seed']}, {settings}.\n\n{plain_table(rows)}"
     )
 

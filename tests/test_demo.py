@@ -621,6 +621,8 @@ def _address(demo: Any) -> Iterator[str]:
 def test_the_page_builds_and_offers_a_call_a_tab(demo: Any) -> None:
     assert set(demo.get_api_info()["named_endpoints"]) == {
         "/generate",
+        "/text",  # of shipped models, as is the next
+        "/video",
         "/reconstruct",
         "/edit",
         "/compare",

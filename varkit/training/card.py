@@ -230,8 +230,8 @@ def _retrieval(found: dict[str, Any]) -> str:
     return (
         f"By `varkit retrieval`: how often a matcher, trained on the training split by itself, finds the caption of an "
         f"image among all\nof the split. In brackets: 95% intervals. *real* is what the matcher can do, "
-        f"*reconstructed* the same through the\ntokenizer. [generation.json](card/generation.json) holds everything. Settings: seed "
-        f"{found['seed']}, {settings}.\n\n{plain_table(rows)}"
+        f"*reconstructed* the same through the\ntokenizer. [generation.json](card/generation.json) holds everything. "
+        f"Settings: seed {found['seed']}, {settings}.\n\n{plain_table(rows)}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from varkit.data.video import open_videos, write_video
 from varkit.pictures import read_settings, titled_grids
 from varkit.pipelines.auto import assemble
 from varkit.pipelines.class_to_video import ClassToVideoPipeline
+from varkit.pipelines.labels import Labelled
 
 RUN = CliRunner()
 
@@ -206,3 +208,18 @@ def test_steps_are_shown_on_a_terminal(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("tqdm.tqdm", Bar)
     said(sample("--class", 0, "--num", 3, "--batch-size", 2, "--frames", 3, "--out", tmp_path / "x.npz", "--json"))
     assert seen[-1].count == seen[-1].total == 2 * 2 * 32  # batches, windows, tokens
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("bag, diagonal", ["bag, diagonal"]),
+        ("Bag, Diagonal,2,bag", ["Bag, Diagonal", "2", "bag"]),
+        ("bag,bag, diagonal , a, b, c", ["bag", "bag, diagonal", "a, b, c"]),
+        ("bag, vertical", ["bag", "vertical"]),
+    ],
+)
+def test_commas_within_names_of_classes_separate_nothing(text: str, names: list[str]) -> None:
+    pipe = Labelled()
+    pipe.config = SimpleNamespace(id2label={"0": "bag", "1": "bag, diagonal", "2": "a, b, c", "3": "a"})  # type: ignore[attr-defined]
+    assert pipe.split_labels(text) == names

@@ -243,7 +243,7 @@ def wanted(
     if of_text:
         return list(prompt or ()), pipeline
     count = pipeline.transformer.num_classes
-    names = classes.split(",") if classes else [str(i) for i in ([count] if editing else range(count))]
+    names = pipeline.split_labels(classes) if classes else [str(i) for i in ([count] if editing else range(count))]
     labels = pipeline.label_ids(names)
     LabelCondition(pipeline.transformer.num_classes).encode(class_labels=labels)
     return labels, pipeline

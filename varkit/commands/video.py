@@ -158,7 +158,7 @@ class ClipCommand:
             return [None]
         if classes is None:
             return [None] if self.how["frames"] is not None else list(range(count))
-        labels = self.pipeline.label_ids(classes.split(","))
+        labels = self.pipeline.label_ids(self.pipeline.split_labels(classes))
         LabelCondition(count).encode(class_labels=labels)
         return list(labels)
 

@@ -17,6 +17,17 @@ class Labelled:
         """Class names by id; empty when the model has none."""
         return {int(k): v for k, v in (self.config.id2label or {}).items()}
 
+    def split_labels(self, text: str) -> list[str]:
+        """Names and numbers separated by commas; a comma within a name, as in `bag, diagonal`, separates nothing."""
+        known = {name.lower() for name in self.labels.values()}
+        parts, found = text.split(","), list[str]()
+        while parts:
+            sizes = (n for n in range(len(parts), 1, -1) if ",".join(parts[:n]).strip().lower() in known)
+            size = next(sizes, 1)
+            found.append(",".join(parts[:size]).strip())
+            parts = parts[size:]
+        return found
+
     def label_ids(self: Any, names: Sequence[str | int]) -> list[int]:
         """Class ids of names or numbers. Raises ValueError naming the nearest class."""
         by_name = {v.lower(): k for k, v in self.labels.items()}

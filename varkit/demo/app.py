@@ -53,7 +53,8 @@ body:not(.dark) .cm-line span { color: inherit !important; }
 #evaluate-pictures img { height: auto; image-rendering: pixelated; }
 #evaluate-pictures .caption-label { position: static; max-width: 100%; white-space: normal; text-align: left; }
 @media (max-width: 640px) {
-  .tab-wrapper, .tab-container { min-width: 0 !important; }
+  .tab-wrapper, .tab-container { min-width: 0 !important; height: auto !important; }
+  .tab-container { flex-wrap: wrap !important; }
   .tab-container button { padding: 6px 5px !important; font-size: 0.75rem !important; }
   .gradio-container main, .gradio-container .app { padding-left: 12px !important; padding-right: 12px !important; }
   #images .grid-container, #scales .grid-container, #reconstruct-scales .grid-container,

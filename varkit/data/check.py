@@ -58,10 +58,15 @@ class DataReport:
             "  sizes    " + ", ".join(f"{size}: {n}" for size, n in self.sizes.items()),
             "  modes    " + ", ".join(f"{mode}: {n}" for mode, n in self.modes.items()),
         ]
-        text += [f"  broken   {skipped.path}: {skipped.reason}" for skipped in self.broken[:20]]
-        if len(self.broken) > 20:
-            text.append(f"  broken   and {len(self.broken) - 20} more")
-        return text + [f"  warning  {warning}" for warning in self.warnings]
+        return text + what_is_wrong(self.broken, self.warnings)
+
+
+def what_is_wrong(broken: list[SkippedImage], warnings: list[str]) -> list[str]:
+    """The last lines of a report: files that cannot be read, at most 20, and warnings."""
+    text = [f"  broken   {skipped.path}: {skipped.reason}" for skipped in broken[:20]]
+    if len(broken) > 20:
+        text.append(f"  broken   and {len(broken) - 20} more")
+    return text + [f"  warning  {warning}" for warning in warnings]
 
 
 class _Seen(NamedTuple):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from varkit.data.check import TINY_CLASS
+from varkit.data.check import TINY_CLASS, what_is_wrong
 from varkit.data.clips import CLIP_DATASETS, open_clips
 from varkit.data.npz import map_npz
 from varkit.data.transforms import EXTENSIONS, SkippedImage, reason_of
@@ -65,10 +65,7 @@ class ClipReport:
             "  rates    " + ", ".join(f"{rate}: {n}" for rate, n in self.rates.items()),
             *([f"  seconds  {self.seconds:.1f} in all"] if self.seconds else []),
         ]
-        text += [f"  broken   {skipped.path}: {skipped.reason}" for skipped in self.broken[:20]]
-        if len(self.broken) > 20:
-            text.append(f"  broken   and {len(self.broken) - 20} more")
-        return text + [f"  warning  {warning}" for warning in self.warnings]
+        return text + what_is_wrong(self.broken, self.warnings)
 
 
 class _Seen(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from varkit.heads.diffusion import Diffusion
 from varkit.heads.flow import Flow
 from varkit.heads.gaussian import process
 from varkit.interfaces import Cond
+from varkit.layers.modulated import places
 from varkit.pipelines.auto import assemble
 from varkit.samplers.continuous import ContinuousSampler
 from varkit.tokenizers.frames import FrameTokenizer
@@ -39,6 +40,7 @@ CLIPS: dict[str, dict[str, Any]] = {
     "clip-subsample": {"entity": "subsample", "entity_size": (2, 2, 1)},
     "clip-frame": {"entity": "frame"},
     "clip-image": {"entity": "image"},
+    "clip-scale": {"entity": "scale", "scales": (1, (2, 1), (4, 2))},
 }
 """Of a grid (t, h, w)."""
 PREDICTIVES = ("categorical", "flow", "diffusion")
@@ -58,7 +60,7 @@ NETWORKS = networks(KINDS)
 def small(kind: str, predictive: str = "flow", **changes: Any) -> EntityAR:
     """With lively weights: gates that are closed would hide a wrong mask."""
     torch.manual_seed(0)
-    noise = "clean" if (kind, predictive) == ("scale", "categorical") else "independent"
+    noise = "clean" if kind.endswith("scale") and predictive == "categorical" else "independent"
     sizes = {"num_classes": 3, "hidden_size": 32, "depths": (2, 1), "num_heads": 2, "grid": (8, 4), "latent_dim": 4}
     head = {"codebook_size": 11, "head_width": 64, "head_depth": 1, "predictive": predictive, "context_noise": noise}
     own = KINDS[kind] if kind in KINDS else {"grid": (4, 4, 2), **CLIPS[kind]}
@@ -157,8 +159,14 @@ def test_entities_of_clips_are_what_their_names_say() -> None:
     assert first("clip-subsample") == [[0, 4, 16, 20], [1, 5, 17, 21]]
     assert first("clip-subsample", entity_size=(2, 1))[0] == [0, 4, 8, 12, 16, 20, 24, 28]  # in time all frames
     assert len(first("clip-image")[0]) == 32
+    assert [group.tolist() for group in small("clip-scale").schedule()] == [
+        list(range(4)),
+        list(range(4, 12)),
+        list(range(12, 44)),  # of 1x1, 2x1 and 4x2, of all frames
+    ]
     for kind in CLIPS:
-        assert torch.cat(small(kind).schedule()).sort().values.tolist() == list(range(32))
+        model = small(kind)
+        assert torch.cat(model.schedule()).sort().values.tolist() == list(range(model.layout.length))
 
 
 def test_places_of_clips_differ_in_time_too() -> None:
@@ -169,6 +177,18 @@ def test_places_of_clips_differ_in_time_too() -> None:
         pairs = (table.diff(dim=axis).abs().amax((0, 1, 2, 4)) > 0).tolist()
         elsewhere = [(table.diff(dim=a).abs().amax((0, 1, 2, 4)) > 0).tolist() for a in others]
         assert any(pairs) and not any(a and b for other in elsewhere for a, b in zip(pairs, other, strict=True))
+
+
+def test_scales_of_clips_lie_over_one_another() -> None:
+    where = places(small("clip-scale").layout.grids)
+    assert where.shape == (44, 3)
+    assert where[:4].tolist() == [[t, 0, 0] for t in range(4)]
+    assert where[4:12].tolist() == [[t, row, 0] for t in range(4) for row in (0, 2)]
+    assert where[12:].tolist() == [[t, row, column] for t in range(4) for row in range(4) for column in range(2)]
+    halved = small("clip-scale", scales=None)
+    assert halved.layout.grids == ((4, 1, 1), (4, 2, 1), (4, 4, 2))
+    again = small("clip-scale", scales=halved.layout.grids)  # as a tokenizer's layout says them
+    assert again.layout == halved.layout
 
 
 def test_what_is_read_is_the_entity_before_place_by_place() -> None:
@@ -327,15 +347,18 @@ def test_a_pipeline_draws_images_the_same_in_any_batch(kind: str, predictive: st
 
 @pytest.mark.parametrize(("kind", "predictive"), GRID_OF_CLIPS)
 def test_clips_are_the_same_in_any_batch_and_keep_given_frames(kind: str, predictive: str) -> None:
-    model = small(kind, predictive, grid=(4, 4, 4))
-    frames = KLVAE if predictive != "categorical" else VQGAN
-    config = {k: v for k, v in tokenizer_of(kind, predictive).config.items() if not k.startswith("_")}
-    config |= {"grid": 4} if frames is VQGAN else {"image_size": 8}
-    tokenizer = FrameTokenizer(frames.__name__, config, 4).eval()
+    scales = {"scales": (1, 2, 4)} if kind == "clip-scale" else {}
+    model = small(kind, predictive, grid=(4, 4, 4), **scales)
+    made: Any = tokenizer_of(kind.removeprefix("clip-"), predictive)
+    config = {k: v for k, v in made.config.items() if not k.startswith("_")}
+    config |= {KLVAE: {"image_size": 8}, VQGAN: {"grid": 4}, MultiScaleVQ: scales}[type(made)]
+    tokenizer = cast(Any, model.tokenizer_for(FrameTokenizer(type(made).__name__, config, 4).eval()))
+    assert tokenizer.layout == model.layout
     sampler: Any = NextGroupSampler() if model.discrete else ContinuousSampler(head_steps=2)
     cond, null, rng = Cond(torch.arange(3)), Cond(torch.full((3,), 3)), Rng.from_seed(3, 3)
     given = tokens_of(model, 3)  # of the first frame
-    keep = torch.arange(model.layout.length) < model.layout.length // 4
+    keep = torch.zeros(model.layout.length, dtype=torch.bool)
+    keep[tokenizer.start_positions(model.layout.length // 4)] = True
 
     def draw(rows: slice) -> Tensor:
         known, settings = (given[rows], keep), {"guidance_scale": 2.0}
@@ -390,7 +413,9 @@ def test_rewind_forgets_whole_entities() -> None:
         ("cell", "flow", {"entity": "frame"}, "for clips"),
         ("cell", "flow", {"entity": "thing"}, "frame or image; got 'thing'"),
         ("clip-cell", "flow", {"entity_size": (3, 2, 2)}, "3x2x2 does not divide a latent of 4x4x2"),
-        ("clip-cell", "flow", {"entity": "scale"}, "no tokenizer here codes clips by scales"),
+        ("clip-scale", "flow", {"scales": (1, 2)}, "the whole latent, 4x4x2, and each have its 4 frames"),
+        ("clip-scale", "flow", {"scales": ((2, 1, 1), (4, 4, 2))}, "each have its 4 frames"),
+        ("scale", "flow", {"scales": ((1, 8, 4),)}, "the whole latent, 8x4; got"),
         ("clip-cell", "flow", {"control": {"kinds": ["canny"]}}, "a place in the image"),
         ("cell", "flow", {"head_width": 40}, "multiple of it"),
     ],

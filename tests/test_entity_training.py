@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
 
+from tests.test_clips import fashion_root as fashion_root
 from tests.test_training import SLICE, lines, recipe
+from tests.test_video_training import clips_recipe
 from tests.test_xar_training import SMALL
 from varkit import AutoPipeline
+from varkit.cli import app
 from varkit.config import ConfigError
 from varkit.pipelines.extract_codes import Views, extract_codes
 from varkit.registry import create_model, model_entry
@@ -76,6 +80,76 @@ def test_a_run_learns_and_exports_what_draws(kind: str, entity: str, predictive:
     groups = len(pipeline.transformer.schedule())
     assert groups == (3 if entity == "scale" else 4)
     assert out.stats.get("head_calls", 0) == (4 * groups if kind == "latents" else 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "predictive", "head"),
+    [("scales", "categorical", {}), ("latents", "flow", HEAD)],
+    ids=["ids", "latents"],
+)
+def test_clips_are_learned_by_scales_from_a_tokenizer_of_images(
+    kind: str, predictive: str, head: dict[str, Any], fashion_root: Path, tmp_path: Path
+) -> None:
+    """Each frame is coded by itself; a scale of all frames a step; first frames are known at every scale."""
+    sampling: dict[str, Any] = {"guidance_scale": 2.0} | ({"head_steps": 4} if kind == "latents" else {})
+    sizes = {"hidden_size": 32, "num_heads": 2, "depths": [1, 1], "entity": "scale", "entity_size": None, **head}
+    overrides = {**sizes, "predictive": predictive, "context_noise": "clean"}
+    objective = {
+        "name": "next-entity",
+        "model": "entity_moving_fashion",
+        "tokenizer": tokenizer(tmp_path / "t", kind),
+        "num_frames": 3,
+        "model_overrides": overrides,
+        "sampling": sampling,
+    }
+    settings = (
+        "loop.steps=40",
+        "loop.validate_every=20",
+        "loop.sample_every=40",
+        "loop.save_every=40",
+        "optim.lr=1e-2",
+    )
+    run = train(clips_recipe(tmp_path / "run", objective, fashion_root, *settings)).folder
+    validated = [line["validation/loss"] for line in lines(run) if "validation/loss" in line]
+    assert validated[-1] < 0.9 * lines(run)[0]["loss"]
+    pipeline = AutoPipeline.from_pretrained(run / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.transformer.layout.grids == ((3, 1, 1), (3, 2, 2), (3, 4, 4))
+    assert pipeline.image_tokenizer.frame.layout.grids == ((1, 1), (2, 2), (4, 4))
+    given = torch.rand(1, 3, 2, 8, 8) * 2 - 1
+    out = pipeline([4, 7], frames=given, seed=0, output_type="pt")
+    assert out.videos.shape == (2, 3, 3, 8, 8) and out.videos.isfinite().all() and out.stats["steps"] == 3
+    torch.testing.assert_close(out.videos[:, :2], ((given + 1) / 2).transpose(1, 2).expand(2, -1, -1, -1, -1))
+    tokens = pipeline([4, 7], frames=given, seed=0, output_type="latent").videos
+    start = pipeline.image_tokenizer.encode_start(given)
+    where = pipeline.image_tokenizer.start_positions(start.shape[1])
+    torch.testing.assert_close(tokens[:, where], start.expand(2, *start.shape[1:]))
+    if kind == "latents":  # ids of so short a training hardly differ
+        other = pipeline([4, 7], frames=given.flip(-1), seed=0, output_type="latent").videos
+        rest = torch.ones(tokens.shape[1], dtype=torch.bool)
+        rest[where] = False
+        assert not torch.equal(tokens[:, rest], other[:, rest])  # what is drawn depends on what is given
+
+
+def test_token_files_of_clips_by_frame_train_as_the_clips_do(fashion_root: Path, tmp_path: Path) -> None:
+    folder, codes, clips = tokenizer(tmp_path / "t", "ids"), tmp_path / "codes", tmp_path / "clips.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8, 3), dtype=np.uint8)
+    np.savez(clips, arr_0=pixels, arr_1=np.arange(8) % 2)
+    told = CliRunner().invoke(app, ["tokenize", folder, str(clips), "--out", str(codes), "--frames", "3"])
+    assert told.exit_code == 0, told.output
+    objective = {
+        "name": "next-entity",
+        "model": "entity_moving_fashion",
+        "tokenizer": folder,
+        "num_frames": 3,
+        "model_overrides": {"hidden_size": 32, "num_heads": 2, "depths": [1, 1]},
+    }
+    settings = ("data.flip=false", f"data.train={codes}", f"data.validation={codes}", "data.clips=null")
+    found = lines(train(clips_recipe(tmp_path / "run", objective, fashion_root, *settings)).folder)
+    assert np.isfinite([line["loss"] for line in found if "loss" in line]).all()
+    objective["num_frames"] = 4
+    with pytest.raises(ConfigError, match="is another"):
+        train(clips_recipe(tmp_path / "other", objective, fashion_root, *settings))
 
 
 def test_token_files_of_ids_train_as_the_images_do(tmp_path: Path) -> None:

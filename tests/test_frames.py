@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.test_models import liven, random_images, random_tokens, tiny
+from varkit.pipelines.auto import open_tokenizer
 from varkit.registry import create_model, model_entry
 from varkit.rng import Rng
 from varkit.tokenizers.frames import FrameTokenizer
@@ -40,6 +41,55 @@ def test_latents_of_frames_draw_their_own_noise() -> None:
     torch.testing.assert_close(both[:1], torch.cat([first, second], 1), atol=1e-5, rtol=1e-5)  # at any batch size
 
 
+@pytest.mark.parametrize("kind", ["ids", "latents"])
+def test_of_scales_each_comes_with_all_frames(kind: str) -> None:
+    """Tokens, what is read of them, step by step too, and first frames: what the tokenizer of images says of each."""
+    image = tiny("multiscale_vq_fashion" if kind == "ids" else "latent_pyramid_fashion")
+    model, (count, frames) = FrameTokenizer.around(image, 3), (2, 3)
+    clips = random_images(model, count)
+    each = [image.encode(clips[:, :, t]) for t in range(frames)]
+    tokens, sizes = model.encode(clips), image.layout.sizes
+    assert model.layout.grids == tuple((3, *grid) for grid in image.layout.grids)
+
+    def by_scale(of_frames: list[torch.Tensor]) -> torch.Tensor:
+        scales = zip(*[frame.split(sizes, 1) for frame in of_frames], strict=True)
+        return torch.cat([part for scale in scales for part in scale], 1)
+
+    close = {"atol": 1e-5, "rtol": 1e-4}  # sums of more rows at once round otherwise
+    torch.testing.assert_close(tokens, by_scale(each), **close)
+    read = model.embed(tokens)
+    torch.testing.assert_close(read, by_scale([image.embed(frame) for frame in each]), **close)
+    decoded = torch.stack([image.decode(frame) for frame in each], 2)
+    torch.testing.assert_close(model.decode(tokens), decoded, atol=1e-4, rtol=0)
+    running = model.running(count)
+    for part in model.layout.slices:
+        where = torch.arange(part.start, part.stop)
+        torch.testing.assert_close(running.inputs(where), read[:, part], **close)
+        running.record(tokens[:, part], where)
+    for first in (1, 2):
+        start = model.encode_start(clips[:, :, :first])
+        torch.testing.assert_close(start, by_scale(each[:first]), **close)
+        torch.testing.assert_close(start, tokens[:, model.start_positions(start.shape[1])], **close)
+        torch.testing.assert_close(model.decode(start), decoded[:, :, :first], atol=1e-4, rtol=0)
+
+
+def test_a_tokenizer_of_images_opens_for_clips(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    image = tiny("frames_vq_fashion").frame
+    image.save_pretrained(tmp_path / "image")
+    opened = open_tokenizer(str(tmp_path / "image"), num_frames=5)
+    assert isinstance(opened, FrameTokenizer) and opened.num_frames == 5
+    opened.save_pretrained(tmp_path / "clips")
+    assert open_tokenizer(str(tmp_path / "clips")).num_frames == 5
+    assert open_tokenizer(str(tmp_path / "clips"), num_frames=7).num_frames == 7
+    tiny("magvit2_moving_fashion").save_pretrained(tmp_path / "causal")
+    assert open_tokenizer(str(tmp_path / "causal"), num_frames=9).num_frames == 9
+    with pytest.raises(ValueError, match="cannot code clips of 6 frames"):
+        open_tokenizer(str(tmp_path / "causal"), num_frames=6)
+    tiny("larp_tokenizer_moving_fashion").save_pretrained(tmp_path / "larp")
+    with pytest.raises(ValueError, match="codes clips of 4 frames alone, not of 6"):
+        open_tokenizer(str(tmp_path / "larp"), num_frames=6)
+
+
 def test_around_shares_the_weights_and_saves_them(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = tiny("frames_vq_fashion")
     again = FrameTokenizer.around(model.frame, 5)
@@ -53,8 +103,6 @@ def test_around_shares_the_weights_and_saves_them(tmp_path) -> None:  # type: ig
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         create_model("frames_vq_fashion", **{**TINY, "num_frames": 0})
-    with pytest.raises(ValueError, match="pyramid of scales"):
-        FrameTokenizer("MultiScaleVQ", model_entry("multiscale_vq_fashion").tiny, 2)
     with pytest.raises(ValueError, match="no model class 'VQGAM'"):
         FrameTokenizer("VQGAM")
     with pytest.raises(ValueError, match="must be a tokenizer of images"):

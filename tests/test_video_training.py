@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -26,6 +26,7 @@ from varkit.data.codes import CodeSet
 from varkit.data.transforms import ImageTransform
 from varkit.data.video import open_videos, write_video
 from varkit.pipelines.auto import AutoPipeline, open_tokenizer, tokenizer_frames
+from varkit.tokenizers.frames import FrameTokenizer
 from varkit.training.dry_run import dry_run
 from varkit.training.loop import Trainer, train
 from varkit.training.objectives import build_objective, objective_config, takes_clips
@@ -345,6 +346,46 @@ def test_reconstructions_go_window_by_window_and_are_told(tokenizer: str, tmp_pa
     few = CliRunner().invoke(app, [*args, "--frames", "3", "--num", "1", "--stride", "2", "--format", "gif", "--json"])
     assert few.exit_code == 0 and json.loads(few.stdout)["videos"][0]["file"] == "000-long.gif"
     assert open_videos(tmp_path / "out" / "000-long.gif").num_frames(0) == 3
+
+
+def test_a_tokenizer_of_images_reconstructs_videos_frame_by_frame(tokenizer: str, tmp_path: Path) -> None:
+    image = FrameTokenizer("VQGAN", FRAMES["model_overrides"]["frame_config"], 1).eval().frame
+    cast(Any, image).save_pretrained(tmp_path / "image")
+    clip = np.random.default_rng(0).integers(0, 256, (18, 8, 8, 3)).astype(np.uint8)
+    write_video(clip, tmp_path / "videos" / "v.gif", 10)
+    args = ["reconstruct", str(tmp_path / "image"), str(tmp_path / "videos"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*args, "--by-frame", "--format", "gif", "--json"])
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout)
+    pixels = open_videos(tmp_path / "videos").clip(0, 18, 1, 0).permute(0, 3, 1, 2)
+    frames = pixels.float() / 127.5 - 1
+    back = image.decode(image.encode(frames)).clamp(-1, 1)
+    expected = 10 * torch.log10(4 / (back - frames).square().mean((1, 2, 3)))
+    found = torch.tensor(result["videos"][0]["per_frame"]["psnr"])
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=0)
+    for wrong, message in (
+        ([str(tmp_path / "image"), "--frames", "3"], "(see --by-frame)"),
+        ([tokenizer, "--by-frame"], "--by-frame is for tokenizers of images"),
+    ):
+        refused = CliRunner().invoke(app, ["reconstruct", wrong[0], *args[2:], *wrong[1:]])
+        assert refused.exit_code == 2 and message in " ".join(refused.output.split())
+
+
+def test_a_generator_learns_clips_on_a_tokenizer_of_images(fashion_root: Path, tmp_path: Path) -> None:
+    image = FrameTokenizer("VQGAN", FRAMES["model_overrides"]["frame_config"], 1).eval().frame
+    cast(Any, image).save_pretrained(tmp_path / "image")
+    plan = RASTER | {"tokenizer": str(tmp_path / "image"), "num_frames": 3}
+    run = train(clips_recipe(tmp_path / "run", plan, fashion_root))
+    pipeline = AutoPipeline.from_pretrained(run.folder / "model")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline(3, seed=0, output_type="np").videos.shape == (1, 3, 8, 8, 3)
+    with pytest.raises(ConfigError, match="num_frames must be at least 1"):
+        objective_config(plan | {"num_frames": 0})
+    with pytest.raises(ConfigError, match=r"num_frames=6: .* cannot code clips of 6 frames"):
+        causal = registry.create_model("magvit2_moving_fashion", **CAUSAL["model_overrides"])
+        causal.save_pretrained(tmp_path / "causal")
+        wrong = RASTER | {"tokenizer": str(tmp_path / "causal"), "num_frames": 6}
+        train(clips_recipe(tmp_path / "other", wrong, fashion_root))
 
 
 def test_videos_that_cannot_be_read_are_named(tokenizer: str, tmp_path: Path) -> None:

@@ -78,6 +78,9 @@ def reconstruct(
         float | None, typer.Option(help="... or the fewest of 1, 2, 4, ... that reach so many dB, image by image.")
     ] = None,
     lpips: Annotated[float | None, typer.Option(help="... or that come within this LPIPS (alex).")] = None,
+    by_frame: Annotated[
+        bool, typer.Option("--by-frame", help="With a tokenizer of images: videos, each frame by itself.")
+    ] = False,
     frames: Annotated[int | None, typer.Option(min=1, help="Of each video: its first so many. Default: all.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="... every which frame. Default: 1.")] = None,
     file_format: Annotated[
@@ -88,12 +91,17 @@ def reconstruct(
 ) -> None:
     """Send images through a tokenizer and back; report PSNR, SSIM and the use of the codebook, scale by scale.
 
-    With a tokenizer of clips: videos, window by window, with PSNR and SSIM of each frame.
+    With a tokenizer of clips, or --by-frame: videos, window by window, with PSNR and SSIM of each frame.
     """
     from varkit.metrics.reconstruction import reconstruct_folder
     from varkit.pipelines.auto import open_tokenizer
+    from varkit.tokenizers.frames import FrameTokenizer
 
     tokenizer = open_tokenizer(name)
+    if by_frame:
+        if tokenizer.num_frames is not None:
+            raise ValueError(f"--by-frame is for tokenizers of images; {name} codes clips")
+        tokenizer = FrameTokenizer.around(tokenizer, of_clips.FRAMES_AT_ONCE)
     if tokenizer.num_frames is not None:
         if any(given is not None for given in (tokens, psnr, lpips)):
             raise ValueError(f"--tokens, --psnr and --lpips are of images; {name} codes clips")
@@ -103,7 +111,7 @@ def reconstruct(
         )  # fmt: skip
         return
     if any(given is not None for given in (frames, stride, file_format)):
-        raise ValueError(f"--frames, --stride and --format are of videos; {name} codes images")
+        raise ValueError(f"--frames, --stride and --format are of videos; {name} codes images (see --by-frame)")
     result = reconstruct_folder(
         tokenizer, images, out, num=num or 64, mode=mode, split=split, root=root, device=device, tokens=tokens,
         target_psnr=psnr, target_lpips=lpips
@@ -326,6 +334,9 @@ def tokenize(
     ] = None,
     crops: Annotated[int, typer.Option(help="1, or 10: corners, middle and their mirror images.")] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="Also code each mirror image.")] = False,
+    frames: Annotated[
+        int | None, typer.Option(min=1, help="With a tokenizer of images: clips of so many, each frame by itself.")
+    ] = None,
     clips: Annotated[
         int, typer.Option(min=1, help="Of each video: clips, evenly over it; 1 is that in the middle.")
     ] = 1,
@@ -370,7 +381,7 @@ def tokenize(
     )
     state = launched(device)
     began = time.perf_counter()
-    tokenizer = open_tokenizer(name, image_size=image_size).eval().to(state.device)
+    tokenizer = open_tokenizer(name, image_size=image_size, num_frames=frames).eval().to(state.device)
     result = extract_codes(
         tokenizer if dtype == "float32" else tokenizer.to(getattr(torch, dtype)),
         data,

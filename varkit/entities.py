@@ -6,7 +6,7 @@
 | token | one position |
 | cell | a block of neighbouring positions |
 | subsample | positions evenly spaced over the whole grid |
-| scale | the whole picture at one size, coarse to fine |
+| scale | the whole picture, or all frames of a clip, at one size, coarse to fine |
 | frame | of a clip: one frame of the latent |
 | image | everything at once, of a clip all frames |
 """
@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
 import torch
@@ -49,27 +50,26 @@ def entities(
         grid: (h, w) of the latent, or (t, h, w) of a clip's.
         size: of a cell, its side, (height, width) or (frames, height, width) in tokens, in one frame where the number
             is not given; of a subsample, how many tokens a side, and in time, else all frames.
-        scales: of entity scale, the sides; None halves the grid again and again.
+        scales: of entity scale, the sides, of a clip those of all its frames, or grids; None halves again and again.
     Raises: ValueError when there is no such entity, or it does not divide the grid.
     """
     frames, height, width = grid if len(grid) == 3 else (1, *grid)
     shown = "x".join(map(str, grid))
     every = torch.arange(frames * height * width)
     if entity == "scale":
-        if len(grid) == 3:
-            raise ValueError(
-                f"entity scale is for images: no tokenizer here codes clips by scales; a clip's latent of {shown} is "
-                f"drawn by token, cell, subsample, frame or image"
-            )
         grids = halves((height, width)) if scales is None else square_grids(scales)
-        if grids[-1] != (height, width):
-            raise ValueError(f"the last of the scales must be the whole latent, {height}x{width}; got {scales}")
+        if len(grid) == 3:
+            grids = tuple(g if len(g) == 3 else (frames, *g) for g in grids)
+        if grids[-1] != tuple(grid) or any(len(g) != len(grid) or g[:-2] != grids[-1][:-2] for g in grids):
+            all_frames = f", and each have its {frames} frames" if len(grid) == 3 else ""
+            raise ValueError(f"the last of the scales must be the whole latent, {shown}{all_frames}; got {scales}")
         if len(grids) < 2:
             raise ValueError(
                 f"entity scale needs two scales or more, such as those of a LatentPyramid; got {grids}. One scale is "
                 f"entity image"
             )
-        return grids, list(torch.arange(sum(h * w for h, w in grids)).split([h * w for h, w in grids]))
+        sizes = [prod(g) for g in grids]
+        return grids, list(torch.arange(sum(sizes)).split(sizes))
     whole = (tuple(grid),)
     if entity == "token":
         return whole, list(every.split(1))

@@ -220,8 +220,8 @@ class Tokenizer(ABC):
         """Ids (B, L) or vectors (B, L, C) -> images (B, 3, H, W) in [-1, 1]."""
 
     def encode_start(self, frames: Tensor) -> Tensor:
-        """The tokens that the first frames of clips determine: (B, 3, t, H, W) in [-1, 1] -> the first k of `layout`,
-        (B, k) or (B, k, C), equal to those of every clip that begins so.
+        """The tokens that the first frames of clips determine: (B, 3, t, H, W) in [-1, 1] -> (B, k) or (B, k, C), equal
+        to those of every clip that begins so, at `start_positions(k)`.
 
         Raises: ValueError for a number of frames that no whole tokens cover, or where tokens depend on all frames.
         """
@@ -229,6 +229,10 @@ class Tokenizer(ABC):
             f"{type(self).__name__} codes {'a clip as a whole' if self.num_frames else 'images'}: no first tokens "
             f"belong to its first frames. Take a causal tokenizer of clips, or one that codes frame by frame"
         )
+
+    def start_positions(self, count: int) -> Tensor:
+        """(k,) int64: where in `layout` the k tokens lie that `encode_start` gives; unless said otherwise the first."""
+        return torch.arange(count)
 
     def vectors(self, ids: Tensor) -> Tensor:
         """(B, n) ids, or (B, n, G) of factorised codes, -> (B, n, C) float32 codebook vectors."""

@@ -14,6 +14,9 @@ from varkit.commands.common import Json, refusing
 BLOCK = 64
 """Clips that are computed at once."""
 
+FRAMES_AT_ONCE = 16
+"""Of a video that a tokenizer of images codes frame by frame."""
+
 
 @refusing
 def moving_fashion(

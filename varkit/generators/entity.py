@@ -45,6 +45,7 @@ from varkit.layers.modulated import TRUNK_LORA, TimeEmbedding, Trunk, block_mask
 from varkit.layout import TokenLayout
 from varkit.registry import ModelEntry, register_model
 from varkit.rng import Draw, Rng
+from varkit.tokenizers.frames import FrameTokenizer
 from varkit.tokenizers.kl_vae import KLVAE
 from varkit.tokenizers.latent_pyramid import LatentPyramid
 from varkit.tokenizers.magvit2 import TINY as MAGVIT2_TINY
@@ -207,10 +208,13 @@ class EntityAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
             self.controller.init_weights()
 
     def tokenizer_for(self, tokenizer: Tokenizer) -> Tokenizer:
-        """Around a VAE, the scales, where they are the entities."""
-        if isinstance(tokenizer, KLVAE) and self.by_scale:
-            return LatentPyramid.around(tokenizer, self.layout.grids)
-        return tokenizer
+        """Around a VAE, of images or of each frame of clips, the scales, where they are the entities."""
+        if not self.by_scale:
+            return tokenizer
+        if isinstance(tokenizer, FrameTokenizer) and isinstance(tokenizer.frame, KLVAE):
+            each = LatentPyramid.around(tokenizer.frame, [grid[1:] for grid in self.layout.grids])
+            return FrameTokenizer.around(each, tokenizer.num_frames)
+        return LatentPyramid.around(tokenizer, self.layout.grids) if isinstance(tokenizer, KLVAE) else tokenizer
 
     # ---- the network --------------------------------------------------------------------------------------
 

@@ -58,13 +58,11 @@ def block_mask(sizes: Sequence[int]) -> Tensor:
 def places(grids: Sequence[Grid]) -> Tensor:
     """(L, 2) float32, row and column of each token, in steps of the last grid: the grids lie over one another.
 
-    Of a grid (t, h, w) of clips (L, 3), the frame first.
+    Of grids (t, h, w) of clips (L, 3), the frame first.
     """
-    if len(grids[-1]) == 3:
-        return torch.cartesian_prod(*[torch.arange(float(side)) for side in grids[-1]])
-    height, width = grids[-1]
-    each = [torch.cartesian_prod(torch.arange(h) * (height / h), torch.arange(w) * (width / w)) for h, w in grids]
-    return torch.cat(each)
+    whole = grids[-1]
+    steps = [[torch.arange(n) * (last / n) for n, last in zip(grid, whole, strict=True)] for grid in grids]
+    return torch.cat([torch.cartesian_prod(*sides) for sides in steps])
 
 
 class TimeEmbedding(nn.Module):

@@ -14,6 +14,7 @@ from varkit import registry
 from varkit.config import nearest
 from varkit.hub import download, is_hub_id
 from varkit.interfaces import Tokenizer
+from varkit.tokenizers.frames import FrameTokenizer
 
 ZOO = Path(__file__).resolve().parent.parent / "zoo"
 
@@ -120,15 +121,16 @@ def load_official_tokenizer(path: str | Path, generator: Any) -> Any:
     return build_official(state, str(path), **{n: generator.config[n] for n in names})
 
 
-def open_tokenizer(name: str, *, image_size: int | None = None, **overrides: Any) -> Any:
+def open_tokenizer(name: str, *, image_size: int | None = None, num_frames: int | None = None, **overrides: Any) -> Any:
     """The tokenizer of a shipped model or pipeline, a tokenizer's folder, a released checkpoint or its file, or of a
     hub repository (`user/name`) that holds a pipeline or a tokenizer. An `AutoencoderKL` of diffusers is one too, also
     in the folder `vae` of its pipeline (on the hub `user/name/vae`).
 
     Args:
         image_size: side of the images that it is to code, where it can code several.
+        num_frames: of clips: a tokenizer of images codes each frame by itself (`FrameTokenizer`).
         overrides: constructor arguments to use instead of the saved ones; the weights must fit.
-    Raises: ValueError when `name` is none of them, or codes images of another size alone.
+    Raises: ValueError when `name` is none of them, codes images of another size alone, or clips of other lengths.
     """
     found = _open_part(name, "image_tokenizer", Tokenizer, overrides)
     if found is None:
@@ -137,12 +139,27 @@ def open_tokenizer(name: str, *, image_size: int | None = None, **overrides: Any
             f"a tokenizer run), a released checkpoint such as multiscale_vq_f16.openimages, or its file"
         )
     tokenizer: Any = found[0]
+    if num_frames is not None and tokenizer.num_frames not in (None, num_frames):
+        tokenizer = _of_frames(name, tokenizer, num_frames, overrides)
     if image_size is not None and tokenizer.image_size != (image_size, image_size):
         if not hasattr(tokenizer, "set_image_size"):
             height, width = tokenizer.image_size
             raise ValueError(f"{name} codes images of {height}x{width} alone, not of {image_size}x{image_size}")
         tokenizer.set_image_size(image_size)
+    if num_frames is not None and tokenizer.num_frames is None:
+        return FrameTokenizer.around(tokenizer, num_frames)
     return tokenizer
+
+
+def _of_frames(name: str, tokenizer: Any, num_frames: int, overrides: dict[str, Any]) -> Any:
+    """A tokenizer of clips opened anew for those of so many frames. Raises ValueError where it codes no others."""
+    if "num_frames" not in getattr(tokenizer, "free_arguments", ()):
+        raise ValueError(f"{name} codes clips of {tokenizer.num_frames} frames alone, not of {num_frames}")
+    try:
+        found: Any = _open_part(name, "image_tokenizer", Tokenizer, overrides | {"num_frames": num_frames})
+    except ValueError as error:
+        raise ValueError(f"{name} cannot code clips of {num_frames} frames: {error}") from error
+    return found[0]
 
 
 def tokenizer_frames(name: str) -> int | None:

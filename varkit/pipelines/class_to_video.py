@@ -238,12 +238,15 @@ class ClassToVideoPipeline(Labelled, Windowed, ImagePipeline):
         if read is None:
             return labels, None
         start = tokenizer.encode_start(read)  # B k, or B k C
-        tokens = start.new_zeros(len(start), layout.length, *start.shape[2:])
-        tokens[:, : start.shape[1]] = start
-        return labels, (tokens, self._keep(start.shape[1]))
+        tokens, keep = start.new_zeros(len(start), layout.length, *start.shape[2:]), self._keep(start.shape[1])
+        tokens[:, keep] = start
+        return labels, (tokens, keep)
 
     def _keep(self, count: int) -> Tensor:
-        return torch.arange(self.image_tokenizer.layout.length, device=self._execution_device) < count
+        """(L,) bool: which tokens those are that first frames determine."""
+        keep = torch.zeros(self.image_tokenizer.layout.length, dtype=torch.bool, device=self._execution_device)
+        keep[self.image_tokenizer.start_positions(count).to(keep.device)] = True
+        return keep
 
     def _steps(self, context: int, settings: dict[str, Any]) -> int:
         """Steps of a window that begins with so many frames."""

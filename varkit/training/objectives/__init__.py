@@ -47,8 +47,9 @@ def objective_config(values: dict[str, Any], source: str = "") -> Any:
 
 
 def takes_clips(config: Any) -> bool:
-    """Whether an objective takes clips, before it is built: always, or because its tokenizer codes them."""
-    if getattr(objective_module(config.name), "CLIPS", False):
+    """Whether an objective takes clips, before it is built: always, by its num_frames, or because its tokenizer codes
+    them."""
+    if getattr(objective_module(config.name), "CLIPS", False) or getattr(config, "num_frames", None) is not None:
         return True
     tokenizer = getattr(config, "tokenizer", None)
     return isinstance(tokenizer, str) and tokenizer_frames(tokenizer) is not None

@@ -40,6 +40,7 @@ class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
     """
 
     tokenizer: str  # a shipped model, a folder (of a tokenizer or a pipeline), a released checkpoint or its file
+    num_frames: int | None = None  # of clips, each coded by itself where the tokenizer is one of images; None: as it is
     gradient_checkpointing: bool = False
     control: ControlConfig | None = None  # control images that steer the generator (docs/control.md)
     sampling: dict[str, Any] = field(default_factory=dict)  # default sampler settings of the exported pipeline
@@ -48,6 +49,8 @@ class GeneratorConfig(VariantConfig, finetune.FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_finetuning()
+        if self.num_frames is not None and self.num_frames < 1:
+            raise ConfigError(f"objective.num_frames must be at least 1; got {self.num_frames}")
 
 
 def registered(config: Any) -> Any:
@@ -142,8 +145,17 @@ class GeneratorTraining(Objective):
             raise ConfigError(f"the model is steered by control images: give objective.control.kinds, such as {kinds}")
 
     def open_tokenizer(self) -> Any:
-        """The frozen tokenizer."""
-        return open_tokenizer(self.config.tokenizer)
+        """The frozen tokenizer. Raises ConfigError when it codes clips of other lengths."""
+        return self._opened()
+
+    def _opened(self, **options: Any) -> Any:
+        frames = self.config.num_frames
+        try:
+            return open_tokenizer(self.config.tokenizer, num_frames=frames, **options)
+        except ValueError as error:
+            if frames is None:
+                raise
+            raise ConfigError(f"objective.num_frames={frames}: {error}") from error
 
     def _variants(self, tokenizer: Tokenizer) -> Variants:
         dim = None

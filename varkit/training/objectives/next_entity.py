@@ -18,7 +18,6 @@ from varkit import registry
 from varkit.config import ConfigError, config
 from varkit.data.codes import CodeInfo
 from varkit.interfaces import Losses
-from varkit.pipelines.auto import open_tokenizer
 from varkit.rng import Rng
 from varkit.training.objectives.generation import GeneratorConfig, GeneratorTraining, registered
 
@@ -63,7 +62,7 @@ class Training(GeneratorTraining):
 
     def open_tokenizer(self) -> Any:
         """The tokenizer of the configuration, or what the generator puts around it, such as scales around a VAE."""
-        tokenizer = open_tokenizer(self.config.tokenizer, image_size=self.config.image_size)
+        tokenizer = self._opened(image_size=self.config.image_size)
         grid = {"grid": list(tokenizer.layout.grids[-1])} if "grid" in signature(self.kind.__init__).parameters else {}
         with torch.device("meta"):
             model: Any = registry.model_entry(self.config.model).build(**grid | self.config.model_overrides)

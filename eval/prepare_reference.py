@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from varkit.cli import refusing
+from varkit.commands.common import refusing
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -69,8 +69,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoints.convert": MODELS | {"checkpoints", "pipelines"},  # writes pipeline folders
     "catalog": FILES_AROUND | {"training"},
     "demo": FILES_AROUND | {"training", "catalog", ""},
-    "commands": FILES_AROUND,
-    "cli": FILES_AROUND | {"training", "checkpoints.convert", "catalog", "commands", "demo", ""},
+    "commands": FILES_AROUND | {"training", "checkpoints.convert", "catalog"},
+    "cli": {"commands", "demo", ""},
     "__main__": {"cli", ""},
 }
 """Group of files -> groups it may import, besides itself; `` is the package, `import varkit`."""

@@ -18,12 +18,14 @@ from typer.testing import CliRunner
 
 from varkit.cli import app
 from varkit.data.check_clips import check_clips, is_video_source
+from varkit.data.clip_rules import ClipRule
 from varkit.data.clips import ClipDataset, open_clips
 from varkit.data.dataset import collate
 from varkit.data.fashion import FASHION_CLASSES
 from varkit.data.moving import LENGTH, MOTIONS, MOVING_CLASSES, MovingFashion, area_weights, bounce, shrink
 from varkit.data.transforms import MAX_FAILURES
-from varkit.data.video import ClipRule, ShortVideo, VideoFile, VideoInfo, open_videos, write_video
+from varkit.data.video import ShortVideo, VideoFile, VideoInfo, open_videos
+from varkit.data.video_writing import write_video
 
 SLICE = Path(__file__).parent / "data" / "fashion_slice.npz"
 

@@ -419,7 +419,7 @@ def test_a_prompt_of_any_script_is_drawn(browser: Browser, asking: str, shots: P
 
 
 def test_a_clip_plays_stops_and_goes_on(browser: Browser, moving: str, shots: Path, tmp_path: Path) -> None:
-    from varkit.data.video import write_video
+    from varkit.data.video_writing import write_video
 
     browser.open(moving)
     wait("the tab of the first model", lambda: browser.text("#video-button"))

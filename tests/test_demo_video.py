@@ -24,7 +24,8 @@ from tests.test_demo import call, refused, save_tiny
 from tests.test_models import tiny_pair
 from varkit import NextGroupSampler, Rng
 from varkit.cli import app as command_line
-from varkit.data.video import open_videos, write_video
+from varkit.data.video import open_videos
+from varkit.data.video_writing import write_video
 from varkit.demo import clip_files, clip_request, video
 from varkit.demo.app import build_demo
 from varkit.demo.common import Models, Takes

@@ -20,11 +20,13 @@ from tests.test_models import liven
 from tests.test_training import lines
 from tests.test_video_training import clips_recipe
 from varkit import AutoPipeline, NextGroupSampler, Rng
+from varkit.checkpoints.convert import example
 from varkit.checkpoints.files import load_official, to_official, write_official
 from varkit.cli import app
 from varkit.generators.nbp import NBP, TINY
 from varkit.heads.categorical import Categorical
 from varkit.interfaces import Cond
+from varkit.registry import model_entry
 from varkit.tokenizers.magvit2 import TINY as TINY_TOKENIZER
 from varkit.tokenizers.magvit2 import MagViT2
 from varkit.training.loop import train
@@ -444,6 +446,14 @@ def test_a_tokenizers_file_has_the_prefix_that_the_official_loader_drops(tmp_pat
     clips = torch.rand(2, 3, 5, 8, 8) * 2 - 1
     assert torch.equal(again.decode(again.encode(clips)), model.decode(model.encode(clips)))
     assert tuple(again.config.widths) == TINY_TOKENIZER["widths"] and tuple(again.config.num_units) == (0, 1, 1)
+
+
+def test_what_convert_says_to_try_fits_the_model() -> None:
+    clips, images = model_entry("frames_vq_fashion"), model_entry("vq_fashion")
+    by_clips, by_images = clips.build(**clips.tiny), images.build(**images.tiny)
+    assert example(small(), by_clips) == "--class 5 --out clip.mp4"
+    assert example(small(num_classes=0), by_clips) == "--continue walk.mp4 --out on.mp4"
+    assert example(small(), by_images) == "--class 207"
 
 
 def test_convert_takes_the_texts_of_classes(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from varkit import AutoPipeline, ClassToImagePipeline, NextGroupSampler, Rng
 from varkit.pipelines.auto import create_pipeline, open_tokenizer, zoo_models
 from varkit.pipelines.base import generate
 from varkit.pipelines.edit import box_mask, image_to_tensor, keep_pyramid, mask_to_tensor
+from varkit.pipelines.labels import Labelled
 from varkit.registry import list_checkpoints
 from varkit.tokenizers.multiscale_vq import MultiScaleVQ
 
@@ -49,6 +51,15 @@ def test_output_types_show_the_same_images(pipe: ClassToImagePipeline) -> None:
     assert pipe([0, 2], seed=3, output_type="latent", return_dict=False)[0].equal(tokens)
     with pytest.raises(ValueError, match="output_type must be one of pil, np, pt, latent; got 'jpg'"):
         pipe([0], output_type="jpg")
+
+
+def test_class_names_come_in_the_order_of_ids() -> None:
+    """Files hold them in the order of text: 0, 1, 10, 11, 2."""
+
+    class Named(Labelled):
+        config = SimpleNamespace(id2label={str(i): f"class {i}" for i in sorted(range(12), key=str)})
+
+    assert list(Named().labels) == list(range(12))
 
 
 def test_classes_by_number_or_name(pipe: ClassToImagePipeline) -> None:

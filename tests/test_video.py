@@ -20,7 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from varkit.data import video
-from varkit.data.video import ArrayVideo, ClipRule, VideoSet, clips, cover_and_crop, fit_clip, open_videos, write_video
+from varkit.data.clip_rules import ClipRule, clips, cover_and_crop, fit_clip
+from varkit.data.video import ArrayVideo, VideoSet, open_videos
+from varkit.data.video_writing import WRITERS, write_video
 from varkit.metrics.fvd import I3DFeatures, VideoMAEFeatures, preprocess_clips
 from varkit.metrics.i3d import I3D, max_pool_same, pad_same, same_padding
 from varkit.metrics.videomae import VideoMAE, sine_cosine_table
@@ -704,7 +706,7 @@ def test_unreadable_files_are_named_before_anything_is_decoded(content: bytes | 
         clips(open_videos(tmp_path), ClipRule(frames=8))
 
 
-@pytest.mark.parametrize("ending", sorted(video.WRITERS))
+@pytest.mark.parametrize("ending", sorted(WRITERS))
 def test_what_is_written_is_read_again(ending: str, tmp_path: Path) -> None:
     pytest.importorskip("av", reason="the extra video is not installed")
     for height, width in ((32, 64), (34, 60)):
@@ -723,7 +725,7 @@ def test_colours_survive_writing(tmp_path: Path) -> None:
     pytest.importorskip("av", reason="the extra video is not installed")
     colours = torch.tensor([[200, 30, 40], [20, 180, 60], [30, 50, 220]], dtype=torch.uint8)
     frames = colours[:, None, None].expand(3, 32, 32, 3).contiguous()
-    for ending in video.WRITERS:
+    for ending in WRITERS:
         write_video(frames, tmp_path / f"a{ending}")
         again = open_videos(tmp_path / f"a{ending}").clip(0, 3)
         assert (again.int() - frames.int()).abs().float().mean() < 4, ending

@@ -17,7 +17,8 @@ from tests.test_video_pipeline import NAMES, SIDE, clip, parts
 from varkit import NextGroupSampler
 from varkit.cli import app
 from varkit.commands import common
-from varkit.data.video import open_videos, write_video
+from varkit.data.video import open_videos
+from varkit.data.video_writing import write_video
 from varkit.pictures import read_settings, titled_grids
 from varkit.pipelines.auto import assemble
 from varkit.pipelines.class_to_video import ClassToVideoPipeline

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tests.test_models import liven, tiny_pair
 from varkit import AutoPipeline, NextGroupSampler, Rng
-from varkit.data.video import open_videos, write_video
+from varkit.data.video import open_videos
+from varkit.data.video_writing import write_video
 from varkit.interfaces import Tokenizer
 from varkit.model_card import model_card
 from varkit.pictures import read_settings

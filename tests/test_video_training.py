@@ -24,7 +24,8 @@ from varkit.config import ConfigError, override
 from varkit.data.clips import ClipDataset
 from varkit.data.codes import CodeSet
 from varkit.data.transforms import ImageTransform
-from varkit.data.video import open_videos, write_video
+from varkit.data.video import open_videos
+from varkit.data.video_writing import write_video
 from varkit.pipelines.auto import AutoPipeline, open_tokenizer, tokenizer_frames
 from varkit.tokenizers.frames import FrameTokenizer
 from varkit.training.dry_run import dry_run

@@ -17,6 +17,8 @@ import yaml
 from varkit.metrics.report import Report
 
 PICTURES = "unconditional-image-generation"
+TASKS = {"TextToImagePipeline": "text-to-image", "ClassToVideoPipeline": "text-to-video"}
+"""Pipelines whose task, as the hub names it, is not `PICTURES`."""
 """The hub's word for what a class-to-image model does."""
 
 Row = dict[str, float]
@@ -54,7 +56,8 @@ def markdown_table(columns: dict[str, dict[str, str]]) -> str:
 def score_table(report: Report) -> str:
     """The scores of all results, one a row, with their intervals beneath; and how each was obtained."""
     titles = list(dict.fromkeys(s.title for r in report.results for s in r.scores))
-    lines = [f"| images | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    what = "clips" if str(report.protocol.get("kind", "")).startswith("video") else "images"
+    lines = [f"| {what} | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for result in report.results:
         found = {s.title: s.text().replace(" [", "<br>[") for s in result.scores}
         lines.append(f"| {result.name} | {' | '.join(found.get(t, '-') for t in titles)} |")
@@ -165,8 +168,9 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     parts = folder_parts(folder)
-    pipeline = (folder / "model_index.json").is_file()
-    task = PICTURES if pipeline else "image-to-image"
+    index, task = folder / "model_index.json", "image-to-image"
+    if index.is_file():
+        task = TASKS.get(json.loads(index.read_text(encoding="utf-8")).get("_class_name"), PICTURES)
     written = folder / "README.md"
     data, kept = {}, ""
     if written.is_file():
@@ -176,8 +180,8 @@ def model_card(
             raise ValueError(f"the front matter of {written} cannot be read: {str(error).splitlines()[0]}") from None
         data, kept = card.data.to_dict(), card.text.strip()
     data.setdefault("library_name", "varkit")
-    if pipeline:
-        data.setdefault("pipeline_tag", PICTURES)
+    if index.is_file():
+        data.setdefault("pipeline_tag", task)
     data["tags"] = list(
         dict.fromkeys([*(data.get("tags") or []), "varkit", *(p["class"].lower() for p in parts.values())])
     )
@@ -206,7 +210,7 @@ def _body(folder: Path, name: str, parts: dict[str, dict[str, Any]], report: Rep
         sections.append(f"    varkit sample {name} --num 8 --out {out}\n\n    {use}")
         labels = index.get("id2label")
         if isinstance(labels, dict) and len(labels) <= 20:
-            sections.append("Classes: " + ", ".join(f"{k} {v}" for k, v in labels.items()) + ".")
+            sections.append("Classes: " + ", ".join(f"{k} {labels[k]}" for k in sorted(labels, key=int)) + ".")
     else:
         kind = next(iter(parts.values()), {"class": "?"})["class"]
         sections.append(f'    model = {kind}.from_pretrained("{name}")')

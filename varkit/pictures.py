@@ -147,7 +147,7 @@ def save_png(image: Image.Image, path: Path, settings: dict[str, Any] | None = N
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that `save_png`, or `varkit.data.video.write_video`, wrote.
+    """The settings that `save_png`, or `varkit.data.video_writing.write_video`, wrote.
 
     Raises: ValueError when there are none; ImportError without PyAV, for a video that Pillow does not open.
     """

@@ -69,8 +69,7 @@ def convert(
 
         image_tokenizer = load_official_tokenizer(tokenizer, model).to(getattr(torch, dtype))
         assemble(model, image_tokenizer, format_of_model(model).sampling_for(model)).save_pretrained(to)
-        what = '--prompt "a photo of a lighthouse"' if model.condition == "text" else "--class 207"
-        lines = [f"wrote the pipeline {to}: varkit sample {to} {what}"]
+        lines = [f"wrote the pipeline {to}: varkit sample {to} {example(model, image_tokenizer)}"]
     else:
         if tokenizer is not None:
             raise ValueError("--tokenizer goes with a generator's file; this one is a tokenizer itself")
@@ -78,6 +77,14 @@ def convert(
         lines = [f"wrote {type(model).__name__} into {to}"]
     _write_card(to, source, model)
     return [*lines, f"licence of the weights: {licence}"]
+
+
+def example(model: Any, tokenizer: Any) -> str:
+    """Options of `varkit sample` with which anyone can try the model."""
+    if tokenizer.num_frames is None:
+        return '--prompt "a photo of a lighthouse"' if model.condition == "text" else "--class 207"
+    begun = model.condition == "frames" or model.num_classes == 0
+    return "--continue walk.mp4 --out on.mp4" if begun else "--class 5 --out clip.mp4"
 
 
 def _read_texts(path: Path) -> list[list[int]]:

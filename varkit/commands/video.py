@@ -204,7 +204,7 @@ class ClipCommand:
         import numpy as np
 
         from varkit import pictures
-        from varkit.data.video import write_video
+        from varkit.data.video_writing import write_video
 
         clips, labels, files = list[Any](), list[Any](), list[Path]()
         for index, label, frames in made:
@@ -252,7 +252,7 @@ def check_writable(ending: str, fps: float) -> None:
     """Raises ValueError for a rate that the format cannot say; ImportError without PyAV."""
     import numpy as np
 
-    from varkit.data.video import check_video
+    from varkit.data.video_writing import check_video
 
     check_video(np.zeros((1, 2, 2, 3), np.uint8), Path(f"clip{ending}"), fps)
 

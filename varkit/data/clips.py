@@ -22,10 +22,11 @@ from torch.utils.data import Dataset
 
 from varkit.config import nearest
 from varkit.data.clip_layouts import ALLOWED_CLIPS, FoundClips, find_clips
+from varkit.data.clip_rules import ClipRule
 from varkit.data.moving import MOVING_FASHION, MovingFashion
 from varkit.data.splits import SPLITS
 from varkit.data.transforms import MAX_FAILURES, ImageTransform, Mode, SkippedImage, reason_of
-from varkit.data.video import ClipRule, ShortVideo
+from varkit.data.video import ShortVideo
 
 log = logging.getLogger("varkit.data")
 

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varkit.data.video import WebPFile, one_by_one, write_video
+from varkit.data.video import WebPFile, one_by_one
+from varkit.data.video_writing import write_video
 from varkit.demo.common import factor
 from varkit.demo.files import keep
 from varkit.demo.limits import Limits

@@ -129,11 +129,14 @@ class Asked:
         arguments += [] if self.given is None else ["frames=frames"]
         rest = {**self.length, "seed": self.seed, **changed(self.pipeline, self.settings)}
         arguments += [f"{name}={value!r}" for name, value in rest.items()]
-        opened = f'frames = open_videos("clip.{self.kind}").clip(0, {self.there})\n' if self.given is not None else ""
+        opens = opened = ""
+        if self.given is not None:
+            opens = "from varkit.data.video import open_videos\n"
+            opened = f'frames = open_videos("clip.{self.kind}").clip(0, {self.there})\n'
         return (
             "import numpy as np\n"
             "from varkit import AutoPipeline\n"
-            f"from varkit.data.video import {'open_videos, ' if opened else ''}write_video\n\n"
+            f"{opens}from varkit.data.video_writing import write_video\n\n"
             f"pipeline = AutoPipeline.from_pretrained({self.source!r})\n{opened}"
             f"clip = pipeline({', '.join(arguments)}).videos[0]\n"
             f"pixels = np.stack([np.asarray(frame) for frame in clip]).repeat({zoom}, 1).repeat({zoom}, 2)\n"

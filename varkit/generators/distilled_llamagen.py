@@ -20,7 +20,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.generators.distilled import ContinuousHead, Prediction, Student, flags, require_class_teacher
-from varkit.generators.llamagen import ClassPrefix, LlamaGen
+from varkit.generators.llamagen import LlamaGen
+from varkit.generators.prefixed import ClassPrefix
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond
 from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size

@@ -21,26 +21,18 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.generators.llamagen import ClassPrefix, LlamaGenState
-from varkit.generators.one_token import OneToken
+from varkit.conditioning.label import drop_labels
+from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix, Prefixed
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
-from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.cache import CacheSlots
-from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
+from varkit.interfaces import Cond, Generator, Losses
+from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
-from varkit.rng import Draw, Rng
+from varkit.rng import Rng
 from varkit.tokenizers.binary_autoencoder import TINY as TINY_TOKENIZER
 from varkit.tokenizers.binary_autoencoder import VOCABULARIES
 
-LORA_TARGETS = (
-    "layers.*.attention.wqkv",
-    "layers.*.attention.wo",
-    "layers.*.feed_forward.w1",
-    "layers.*.feed_forward.w2",
-    "layers.*.feed_forward.w3",
-)
 FREE_ARGUMENTS = frozenset({"token_dropout", "dropout", "ffn_dropout", "cond_drop_rate"})
 """These two, and the class embedding: see `varkit.training.finetune.Tunable`."""
 
@@ -50,13 +42,7 @@ def check_heads(hidden_size: int, num_heads: int) -> None:
         raise ValueError(f"hidden_size {hidden_size} must be a multiple of 4 * num_heads ({num_heads})")
 
 
-def drop_labels(labels: Tensor, rng: Rng, rate: float, null: int) -> Tensor:
-    """(B,) class ids, some of them replaced by `null`."""
-    u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-    return labels.masked_fill(u.to(labels.device) < rate, null)
-
-
-class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
+class ELM(Prefixed, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The next-token transformer, conditioned on a class. The defaults are the released L-2-12.
 
     Args:
@@ -137,11 +123,10 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         for parameter in self.output.parameters():
             nn.init.zeros_(parameter)
 
-    @property
-    def blocks(self) -> Any:
-        return self.layers
-
     # ---- the network --------------------------------------------------------------------------------------
+
+    def prefix(self, cond: Cond) -> Tensor:
+        return self.cls_embedding(cond)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, n, G) -> (B, n, C)."""
@@ -175,60 +160,9 @@ class ELM(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         """What is predicted everywhere at once, given true inputs: one pass. No condition is dropped."""
         return Categorical(self(inputs, cond.labels))
 
-    # ---- sampling -----------------------------------------------------------------------------------------
-
-    def schedule(self, num_steps: int | None = None) -> list[Tensor]:
-        """One position a step, in raster order. Raises ValueError when asked for another number of steps."""
-        if num_steps not in (None, self.layout.length):
-            raise ValueError(f"ELM decides one token a step, {self.layout.length} in all; got num_steps={num_steps}")
-        return list(torch.arange(self.layout.length, device=self.rotary.cos.device).split(1))
-
-    def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
-        prefix = self.cls_embedding(cond.beside(null))  # R 1 C
-        cache = self.new_cache(
-            layers=len(self.layers),
-            heads=self.config.num_heads,
-            length=self.layout.length,
-            like=prefix,
-            head_dim=self.config.hidden_size // self.config.num_heads,
-        )
-        return LlamaGenState(cache, prefix, None, null is not None)
-
-    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
-        """The next positions; several are predicted as if each input were right."""
-        assert isinstance(state, LlamaGenState)
-        compiled = self.run_compiled(state, inputs, positions)
-        if compiled is not None:
-            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
-        if state.guided:
-            inputs = torch.cat([inputs, inputs])
-        first = state.length
-        x = self.embed(inputs) if first else torch.cat([state.prefix, self.embed(inputs[:, 1:])], 1)
-        mask = None
-        if x.shape[1] > 1 and first > 0:
-            mask = causal(x.new_ones(1, first + x.shape[1], dtype=torch.bool))[:, :, first:]
-        for i, block in enumerate(self.layers):
-            x = block(x, self.rotary, mask, state.cache, i, first)
-        logits = self.logits(x)
-        return Categorical(*logits.chunk(2)) if state.guided else Categorical(logits)
-
-    def nodes(
-        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
-    ) -> Tensor:
-        x, mask = self.embed(inputs), slots.visible()
-        for i, block in enumerate(self.layers if layers is None else self.layers[:layers]):
-            x = block(x, self.rotary, mask, slots, i, slots.places)
-        return self.norm(x)
-
     def output_of(self, hidden: Tensor) -> Tensor:
         heads = [self.output] if isinstance(self.output, nn.Linear) else self.output
         return torch.stack([head(hidden) for head in heads], -2).float()
-
-    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
-        """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""
-        assert isinstance(state, LlamaGenState)
-        state.cache.advance(positions.shape[-1])
-        state.length += positions.shape[-1]
 
     # ---- training -----------------------------------------------------------------------------------------
 

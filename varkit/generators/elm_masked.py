@@ -23,17 +23,16 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.label import drop_labels
 from varkit.generators.elm import (
     FREE_ARGUMENTS,
-    LORA_TARGETS,
     SIZES,
     check_heads,
-    drop_labels,
     fashion_sizes,
     tiny_of,
 )
-from varkit.generators.llamagen import ClassPrefix
 from varkit.generators.maskgit import MaskedGenerator, MaskedState, masked_cross_entropy
+from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Losses
 from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size

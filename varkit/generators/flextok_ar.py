@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.label import drop_labels
 from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
@@ -28,7 +29,7 @@ from varkit.interfaces import Cond, Generator, Losses, State
 from varkit.layers.cache import CacheSlots, KVCache
 from varkit.layout import TokenLayout
 from varkit.registry import ModelEntry, register_model
-from varkit.rng import Draw, Rng
+from varkit.rng import Rng
 from varkit.tokenizers.flextok import FeedForward, norm
 
 
@@ -242,9 +243,8 @@ class FlexTokAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         Returns: loss; accuracy.
         """
         labels = cond.labels
-        if self.training and self.config.cond_drop_rate > 0:
-            u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-            labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
+        if self.training:
+            labels = drop_labels(labels, rng, self.config.cond_drop_rate, self.num_classes)
         out = self(inputs, labels, hidden_layer)
         logits, hidden = (out, None) if hidden_layer is None else out
         loss = weighted_cross_entropy(

@@ -21,13 +21,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.conditioning.label import drop_labels
-from varkit.generators.llamagen import ClassPrefix, LlamaGenState
-from varkit.generators.one_token import OneToken
+from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix, Prefixed, PrefixState
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
-from varkit.interfaces import Cond, Generator, Losses, State
-from varkit.layers.cache import CacheSlots
-from varkit.layers.llama import Block, RMSNorm, causal, feed_forward_size
+from varkit.interfaces import Cond, Generator, Losses
+from varkit.layers.llama import Block, RMSNorm, feed_forward_size
 from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
@@ -39,7 +37,7 @@ def unrotated(x: Tensor, start: int | Tensor = 0) -> Tensor:
     return x
 
 
-class LARP(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
+class LARP(Prefixed, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The next-token transformer of clips. The defaults are the released model of UCF-101 (llama-abs-LP).
 
     Args:
@@ -57,15 +55,10 @@ class LARP(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
     _no_split_modules = ("Block",)
     training_options = frozenset({"label_smoothing", "weight"})
     class_embedding = "cls_embedding.embedding_table"
-    lora_targets = (
-        "layers.*.attention.wqkv",
-        "layers.*.attention.wo",
-        "layers.*.feed_forward.w1",
-        "layers.*.feed_forward.w2",
-        "layers.*.feed_forward.w3",
-    )
+    lora_targets = LORA_TARGETS
     free_arguments = frozenset({"token_dropout", "dropout", "ffn_dropout", "attention_dropout", "cond_drop_rate"})
     """These three: see `varkit.training.finetune.Tunable`."""
+    rotary = staticmethod(unrotated)
 
     @register_to_config
     def __init__(
@@ -130,10 +123,6 @@ class LARP(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
                 nn.init.normal_(module.weight, std=std)
         nn.init.zeros_(self.output.weight)
 
-    @property
-    def blocks(self) -> Any:
-        return self.layers
-
     # ---- the network --------------------------------------------------------------------------------------
 
     def prefix(self, cond: Cond) -> Tensor:
@@ -150,6 +139,12 @@ class LARP(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
             )
         separator = given.new_full((len(given), 1), self.config.codebook_size)  # the row behind the codes
         return self.tok_embeddings(torch.cat([given, separator], 1))  # B n+1 C
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tok_embeddings(ids)
+
+    def placed(self, x: Tensor, places: Any) -> Tensor:
+        return x + self.abs_pe[0, places]
 
     def null(self, cond: Cond) -> Cond:
         """The absence of a class. Raises ValueError for a model of frames, which knows none."""
@@ -179,67 +174,13 @@ class LARP(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
 
     # ---- sampling -----------------------------------------------------------------------------------------
 
-    def schedule(self, num_steps: int | None = None) -> list[Tensor]:
-        """One position a step, in turn. Raises ValueError when asked for another number of steps."""
-        if num_steps not in (None, self.layout.length):
-            raise ValueError(f"LARP decides one token a step, {self.layout.length} in all; got num_steps={num_steps}")
-        return list(torch.arange(self.layout.length, device=self.abs_pe.device).split(1))
-
-    def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
+    def start(self, cond: Cond, null: Cond | None = None) -> PrefixState:
         if null is not None and self.condition == "frames":
-            null = self.null(cond)  # refuses
-        prefix = self.prefix(cond.beside(null))  # R T C
-        cache = self.new_cache(
-            layers=len(self.layers),
-            heads=self.config.num_heads,
-            length=self.abs_pe.shape[1],
-            like=prefix,
-            head_dim=self.config.hidden_size // self.config.num_heads,
-        )
-        return LlamaGenState(cache, prefix, None, null is not None)
-
-    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
-        """The next positions; several are predicted as if each input were right."""
-        assert isinstance(state, LlamaGenState)
-        compiled = self.run_compiled(state, inputs, positions)
-        if compiled is not None:
-            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
-        if state.guided:
-            inputs = torch.cat([inputs, inputs])
-        first, count = state.cache.length, inputs.shape[1]
-        if state.length == 0:
-            x = torch.cat([state.prefix, self.tok_embeddings(inputs[:, 1:])], 1)
-        else:
-            x = self.tok_embeddings(inputs)
-        end = first + x.shape[1]
-        x = x + self.abs_pe[:, first:end]
-        mask = None
-        if first > 0 and x.shape[1] > 1:
-            mask = causal(x.new_ones(1, end, dtype=torch.bool))[:, :, first:]
-        for i, block in enumerate(self.layers):
-            x = block(x, unrotated, mask, state.cache, i, first)
-        hidden = self.norm(x)
-        predictive = Categorical(*self.output_of(hidden[:, -count:]).chunk(2 if state.guided else 1))
-        predictive.hidden = hidden
-        return predictive
-
-    def nodes(
-        self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
-    ) -> Tensor:
-        x, mask = self.tok_embeddings(inputs) + self.abs_pe[0, slots.places], slots.visible()
-        for i, block in enumerate(self.layers if layers is None else self.layers[:layers]):
-            x = block(x, unrotated, mask, slots, i)
-        return self.norm(x)
+            self.null(cond)  # refuses
+        return super().start(cond, null)
 
     def output_of(self, hidden: Tensor) -> Tensor:
         return self.output(hidden).float()
-
-    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
-        """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""
-        assert isinstance(state, LlamaGenState)
-        count = positions.shape[-1]
-        state.cache.advance(count + (self.prefix_length - 1 if state.length == 0 else 0))
-        state.length += count
 
     # ---- training -----------------------------------------------------------------------------------------
 

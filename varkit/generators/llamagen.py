@@ -27,31 +27,17 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.conditioning.control import Controlled, Fused, dropped, inject
-from varkit.generators.one_token import OneToken
+from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix, Prefixed, PrefixState
 from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
-from varkit.interfaces import JOINT, Cond, Generator, Losses, State
-from varkit.layers.cache import CacheSlots, KVCache
+from varkit.interfaces import JOINT, Cond, Generator, Losses
+from varkit.layers.cache import CacheSlots
 from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
 from varkit.layers.share import sharing
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Draw, Rng
 from varkit.tokenizers.vqgan import TINY as TINY_TOKENIZER
-
-
-class ClassPrefix(nn.Module):
-    """One token a class; the last row stands for no class."""
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, dim)
-
-    def forward(self, cond: Cond) -> Tensor:
-        return self.embedding_table(cond.labels)[:, None]  # B 1 C
-
-    def null(self, cond: Cond) -> Cond:
-        return Cond(torch.full_like(cond.labels, self.embedding_table.num_embeddings - 1))
 
 
 class CaptionPrefix(nn.Module):
@@ -103,36 +89,7 @@ def apart(phrase: Tensor, count: int) -> Tensor:
     return (query == key) | (query == JOINT)
 
 
-class LlamaGenState(State):
-    """The cache, the prefix, which positions of the whole sequence may be seen, and what control images add.
-
-    Attributes: official_padding: see `released_padding`.   phrase: (R, T), see `Cond`, or None.
-    """
-
-    official_padding = False
-    phrase: Tensor | None = None
-
-    def __init__(
-        self, cache: KVCache, prefix: Tensor, visible: Tensor | None, guided: bool, fused: Fused | None = None
-    ) -> None:
-        self.cache, self.prefix, self.visible, self.guided, self.fused = cache, prefix, visible, guided, fused
-        self.length = 0
-
-    def rewind(self, count: int) -> None:
-        """Going back to the start forgets the prefix too: the next `predict` reads it again."""
-        if not 0 <= count <= self.length:
-            raise ValueError(f"cannot rewind {count} of {self.length} positions")
-        self.length -= count
-        if self.length:
-            self.cache.rewind(count)
-        else:
-            self.cache.reset()
-
-    def reset(self) -> None:
-        self.rewind(self.length)
-
-
-class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
+class LlamaGen(Prefixed, Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The next-token transformer, conditioned on a class or on a text. The defaults are the released GPT-B at 256 px.
 
     Args:
@@ -157,13 +114,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
     _no_split_modules = ("Block",)
     training_options = frozenset({"label_smoothing", "weight", "hidden_layer", "z_weight", "valid"})
     class_embedding = "cls_embedding.embedding_table"
-    lora_targets = (
-        "layers.*.attention.wqkv",
-        "layers.*.attention.wo",
-        "layers.*.feed_forward.w1",
-        "layers.*.feed_forward.w2",
-        "layers.*.feed_forward.w3",
-    )
+    lora_targets = LORA_TARGETS
     free_arguments = frozenset(
         {
             "token_dropout",
@@ -261,10 +212,6 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         if self.controller is not None:
             self.controller.init_weights()
 
-    @property
-    def blocks(self) -> Any:
-        return self.layers
-
     # ---- the network --------------------------------------------------------------------------------------
 
     def prefix(self, cond: Cond) -> Tensor:
@@ -296,6 +243,9 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             cond = self.replace_by_null(cond, u < self.config.cond_drop_rate)
         nobody = torch.zeros(len(cond), dtype=torch.bool)
         return replace(cond, control_weight=dropped(cond.control_weight, nobody, rng, self.config.control_drop_rate))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tok_embeddings(ids)
 
     def visible(self, cond: Cond) -> Tensor | None:
         """Which positions of the whole sequence may be seen, (B, S) bool; None: all."""
@@ -352,8 +302,7 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
             hidden = x if i == hidden_layer else hidden
         return x, hidden
 
-    @staticmethod
-    def steer(x: Tensor, fused: Fused | None, layer: int, where: slice) -> Tensor:
+    def steer(self, x: Tensor, fused: Fused | None, layer: int, where: slice) -> Tensor:
         """`inject` into the last hidden states, those that predict the positions `where`; the prefix before stays."""
         if fused is None or layer not in fused:
             return x
@@ -406,63 +355,28 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
 
     # ---- sampling -----------------------------------------------------------------------------------------
 
-    def schedule(self, num_steps: int | None = None) -> list[Tensor]:
-        """One position a step, in raster order. Raises ValueError when asked for another number of steps."""
-        if num_steps not in (None, self.layout.length):
-            raise ValueError(
-                f"LlamaGen decides one token a step, {self.layout.length} in all; got num_steps={num_steps}"
-            )
-        return list(torch.arange(self.layout.length, device=self.rotary.cos.device).split(1))
-
-    def start(self, cond: Cond, null: Cond | None = None) -> LlamaGenState:
+    def start(self, cond: Cond, null: Cond | None = None) -> PrefixState:
         if self.config.official_quirks and null is None and cond.control_weight is not None:
             cond = replace(cond, control_weight=(cond.control_weight != 0).to(cond.control_weight))
-        both = cond.beside(null)
-        prefix = self.prefix(both)  # R T C
-        cache = self.new_cache(
-            layers=len(self.layers),
-            heads=self.config.kv_heads or self.config.num_heads,
-            length=self.prefix_length + self.layout.length - 1,
-            like=prefix,
-            head_dim=self.config.hidden_size // self.config.num_heads,
-        )
-        visible = self.visible(both)
-        visible = None if visible is None else visible.to(prefix.device)
-        state = LlamaGenState(cache, prefix, visible, null is not None, self.fuse(both))
-        state.phrase = None if both.phrase is None else both.phrase.to(prefix.device)
+        state, both = super().start(cond, null), cond.beside(null)
+        visible, device = self.visible(both), state.prefix.device
+        state.visible = None if visible is None else visible.to(device)
+        state.fused = self.fuse(both)
+        state.phrase = None if both.phrase is None else both.phrase.to(device)
         return state
 
-    def predict(self, state: State, inputs: Tensor, positions: Tensor) -> Categorical:
-        """The next positions; several are predicted as if each input were right."""
-        assert isinstance(state, LlamaGenState)
-        compiled = self.run_compiled(state, inputs, positions, *self.extra(state, positions - 1))
-        if compiled is not None:
-            return Categorical(*compiled.chunk(2)) if state.guided else Categorical(compiled)
-        if state.guided:
-            inputs = torch.cat([inputs, inputs])
-        first = state.cache.length
-        if state.length == 0:
-            x = torch.cat([state.prefix, self.tok_embeddings(inputs[:, 1:])], 1)
-        else:
-            x = self.tok_embeddings(inputs)
-        count, end = inputs.shape[1], first + x.shape[1]
-        mask = None
-        if state.visible is not None:
-            mask = state.visible[:, None, None, :end]
-        if x.shape[1] > 1 and (state.visible is not None or first > 0):
-            every = x.new_ones(1, end, dtype=torch.bool)
-            mask = causal(every if state.visible is None else state.visible[:, :end])[:, :, first:]
-        if state.official_padding and state.visible is not None and state.length == 0:
+    def seen(self, state: PrefixState, first: int, end: int) -> Tensor | None:
+        if state.visible is None:
+            mask = super().seen(state, first, end)
+        elif state.official_padding and first == 0:
             mask = released_padding(state.visible[:, :end])
-        if mask is not None and state.phrase is not None and state.length == 0:
+        elif end - first == 1:
+            mask = state.visible[:, None, None, :end]
+        else:
+            mask = causal(state.visible[:, :end])[:, :, first:]
+        if mask is not None and state.phrase is not None and first == 0:
             mask = mask & apart(state.phrase, end)
-        where = slice(state.length, state.length + count)
-        for i, block in enumerate(self.layers):
-            x = block(self.steer(x, state.fused, i, where), self.rotary, mask, state.cache, i, first)
-        hidden = self.norm(x)
-        predictive = Categorical(*self.output_of(hidden[:, -count:]).chunk(2 if state.guided else 1))
-        predictive.hidden = hidden
-        return predictive
+        return mask
 
     def nodes(
         self, inputs: Tensor, slots: CacheSlots, positions: Tensor, extra: tuple[Any, ...], layers: int | None = None
@@ -485,13 +399,6 @@ class LlamaGen(OneToken, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
                 some = torch.arange(len(turns), device=turns.device)[:, None] if rows is None else rows[:, None]
             fused = {layer: x[some][:, turns] if turns.dim() == 1 else x[some, turns] for layer, x in fused.items()}
         return (visible if rows is None or visible is None else visible[rows], fused)
-
-    def append(self, state: State, tokens: Tensor, positions: Tensor) -> None:
-        """Keep the keys that `predict` wrote: they are of the inputs, not of these tokens."""
-        assert isinstance(state, LlamaGenState)
-        count = positions.shape[-1]
-        state.cache.advance(count + (self.prefix_length - 1 if state.length == 0 else 0))
-        state.length += count
 
     # ---- training -----------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.label import drop_labels
 from varkit.heads.categorical import Categorical
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
@@ -284,8 +285,7 @@ class MaskGIT(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         """
         labels, mask = cond.labels, self.draw_mask(rng)
         if self.training:
-            u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-            labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
+            labels = drop_labels(labels, rng, self.config.cond_drop_rate, self.num_classes)
         logits = self(tokens.masked_fill(mask, self.mask_id), labels)
         loss, accuracy = masked_cross_entropy(logits, tokens, mask, label_smoothing, unmasked_weight)
         return {"loss": loss, "accuracy": accuracy, "masked": mask.float().mean()}

@@ -21,6 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from varkit.conditioning.label import drop_labels
 from varkit.generators.one_token import OneToken
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
@@ -374,8 +375,7 @@ class RAR(OneToken, HubMixin, ModelMixin, ConfigMixin, Generator):
         if orders is None:
             orders = self.draw_orders(rng, random_ratio if self.training else 0.0)
         if self.training:
-            u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-            labels = labels.masked_fill(u.to(labels.device) < self.config.cond_drop_rate, self.num_classes)
+            labels = drop_labels(labels, rng, self.config.cond_drop_rate, self.num_classes)
         # A token is read as the input of the position behind it; the last one of the raster as it is.
         read = torch.cat([inputs[:, 1:], tokens[:, -1:]], 1).gather(1, orders)
         logits, hidden = self.sequence_logits(read[:, :-1], labels, orders, hidden_layer)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varkit.data.clip_rules import ClipRule, clips
 from varkit.data.clips import CLIP_DATASETS
-from varkit.data.video import ClipRule, VideoSet, clips, open_videos
+from varkit.data.video import VideoSet, open_videos
 from varkit.metrics.checks import check_images, check_statistics
 from varkit.metrics.collect import collect, gathered, process
 from varkit.metrics.evaluate import Options, new_report, wanted_of

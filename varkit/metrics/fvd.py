@@ -1,7 +1,8 @@
 """The Frechet video distance: how clips become features (Unterthiner et al., arXiv 1812.01717).
 
 The distance itself is that of any features: `varkit.metrics.fid`. What differs between published numbers is how clips
-get the network's size and range, which covariance is taken (`ddof`), and which clips there are (`varkit.data.video`).
+get the network's size and range, which covariance is taken (`ddof`), and which clips there are: see
+`varkit.data.clip_rules`.
 
 Shapes: B clips, T frames, H W pixels as given, S side of the network's input, D width of the features.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varkit.data.video import Quantize, cover_and_crop, to_bytes
+from varkit.data.clip_rules import Quantize, cover_and_crop, to_bytes
 from varkit.metrics.i3d import I3D, SIDE
 from varkit.metrics.videomae import VideoMAE
 

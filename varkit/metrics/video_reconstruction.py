@@ -18,7 +18,8 @@ from torch import Tensor
 
 from varkit.data.clips import CLIP_DATASETS, open_clips
 from varkit.data.transforms import ImageTransform
-from varkit.data.video import WRITERS, ShortVideo, VideoSet, write_video
+from varkit.data.video import ShortVideo, VideoSet
+from varkit.data.video_writing import WRITERS, write_video
 from varkit.metrics.reconstruction import CodebookUse, ReconstructionMetrics
 from varkit.pictures import to_uint8
 from varkit.pipelines.auto import best_device

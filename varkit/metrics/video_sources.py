@@ -18,9 +18,10 @@ from torch import Tensor
 
 from varkit.conditioning.label import LabelCondition
 from varkit.data.clip_layouts import find_clips
+from varkit.data.clip_rules import ClipBatches, ClipRule, clips, cover_and_crop, to_bytes
 from varkit.data.clips import CLIP_DATASETS, open_clips
 from varkit.data.moving import MovingFashion
-from varkit.data.video import ClipBatches, ClipRule, VideoSet, clips, cover_and_crop, open_videos, to_bytes
+from varkit.data.video import VideoSet, open_videos
 from varkit.metrics.protocol import ClipRules, Protocol
 from varkit.metrics.reference import chosen
 from varkit.metrics.sets import ImageSet, hash_arrays
@@ -78,7 +79,7 @@ def clip_set(
     Args:
         split, root, size: see `open_labelled`.   frames: instead of the protocol's.
         scored: brought to `clips.score_size` too, where the protocol has one.
-    Raises: FileNotFoundError; ImportError without PyAV; ValueError as `varkit.data.video.clips`.
+    Raises: FileNotFoundError; ImportError without PyAV; ValueError as `varkit.data.clip_rules.clips`.
     """
     if isinstance(source, ImageSet):
         return source

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
+from varkit.data.clip_rules import ClipRule
 from varkit.data.clips import ClipDataset, open_clips
 from varkit.data.codes import (
     CodeInfo,
@@ -30,7 +31,6 @@ from varkit.data.codes import (
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.latents import latent_sums
 from varkit.data.transforms import RANDOM_MODES, ImageTransform, Mode
-from varkit.data.video import ClipRule
 from varkit.interfaces import Tokenizer
 from varkit.pipelines.auto import open_tokenizer
 from varkit.pipelines.fingerprint import tokenizer_fingerprint

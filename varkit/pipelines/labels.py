@@ -14,8 +14,8 @@ class Labelled:
 
     @property
     def labels(self: Any) -> dict[int, str]:
-        """Class names by id; empty when the model has none."""
-        return {int(k): v for k, v in (self.config.id2label or {}).items()}
+        """Class names by id, in the order of ids; empty when the model has none."""
+        return dict(sorted((int(k), v) for k, v in (self.config.id2label or {}).items()))
 
     def split_labels(self, text: str) -> list[str]:
         """Names and numbers separated by commas; a comma within a name, as in `bag, diagonal`, separates nothing."""

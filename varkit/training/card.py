@@ -20,7 +20,7 @@ from varkit.eight_bit import pack_tensors, write_packed
 from varkit.hub import HubMixin
 from varkit.metrics.matcher import open_matcher
 from varkit.metrics.report import Report
-from varkit.model_card import markdown_table, plain_table, run_facts, score_table
+from varkit.model_card import PICTURES, TASKS, markdown_table, plain_table, run_facts, score_table
 from varkit.pipelines.auto import AutoPipeline
 from varkit.training.card_pictures import draw_curves, draw_pictures, draw_token_curves
 
@@ -139,7 +139,7 @@ def write_card(
         part = _judge(folder) if run.part == "classifier" else attrgetter(run.part)(pipeline)
         facts[title] = run_facts(Path(run.folder), sum(p.numel() for p in part.parameters()))
     sections = [
-        _head(text, pipeline.image_tokenizer.num_frames is not None),
+        _head(text, pipeline),
         f"# {text.name}",
         text.introduction.strip(),
         _samples(text, pipeline),
@@ -165,8 +165,8 @@ def _judge(folder: Path) -> Any:
     return ImageClassifier.from_pretrained(folder / "classifier")
 
 
-def _head(text: CardText, clips: bool) -> str:
-    task = "text-to-image" if text.prompts else "text-to-video" if clips else "unconditional-image-generation"
+def _head(text: CardText, pipeline: Any) -> str:
+    task = TASKS.get(type(pipeline).__name__, PICTURES)
     lines = ("library_name: varkit", f"license: {text.licence}", f"pipeline_tag: {task}")
     return "\n".join(["---", *lines, "datasets:", f"- {text.data}", "---"])
 

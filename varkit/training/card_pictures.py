@@ -12,7 +12,7 @@ import torch
 from varkit.data.clips import open_clips
 from varkit.data.images import open_images
 from varkit.data.transforms import ImageTransform
-from varkit.data.video import write_video
+from varkit.data.video_writing import write_video
 from varkit.metrics.report import Report
 from varkit.model_card import read_metrics
 from varkit.pictures import grid, rows_of_frames, save_png, titled_grids, to_pil

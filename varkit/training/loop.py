@@ -27,12 +27,12 @@ from tqdm.auto import tqdm
 
 from varkit.compiler import require_compiler
 from varkit.config import ConfigError
+from varkit.data.clip_rules import ClipRule
 from varkit.data.clips import CLIP_DATASETS, ClipDataset, open_clips
 from varkit.data.codes import CodeSet, is_code_folder
 from varkit.data.images import ImageDataset, collate, open_images
 from varkit.data.trajectories import open_codes
 from varkit.data.transforms import ImageTransform
-from varkit.data.video import ClipRule
 from varkit.interfaces import Objective
 from varkit.pictures import grid, save_png, to_pil
 from varkit.rng import Rng

@@ -589,10 +589,12 @@ def test_a_run_of_system_two_resumes_exactly(fashion_root: Path, tmp_path: Path)
 
 def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
     plan(tmp_path / "vae")
-    create_model("vq_fashion", **model_entry("vq_fashion").tiny).save_pretrained(tmp_path / "vq")
+    for name, folder in (("vq_fashion", "vq"), ("latent_pyramid_fashion", "scales")):
+        create_model(name, **model_entry(name).tiny).save_pretrained(tmp_path / folder)
     for changes, message in (
         ({"model": "xar_fashion"}, "xar_fashion has no energies"),
         ({"tokenizer": str(tmp_path / "vq")}, "energies are of latents"),
+        ({"tokenizer": str(tmp_path / "scales")}, "one grid of latents a frame, not of scales"),
         ({"num_frames": 1}, "num_frames must be at least 2"),
         ({"alpha_lr": -1}, "alpha_lr must not be negative"),
         ({"replay": -1}, "replay must not be negative"),

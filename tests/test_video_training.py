@@ -61,6 +61,11 @@ FRAMES: dict[str, Any] = {
     "augment": True,
     "restart_every": 2,
 }
+OF_SCALES = {
+    "frame_class": "MultiScaleVQ",
+    "frame_config": registry.model_entry("multiscale_vq_fashion").tiny,
+    "num_frames": 2,
+}
 RASTER: dict[str, Any] = {
     "name": "next-token",
     "model": "toy_raster",
@@ -167,7 +172,8 @@ def test_the_discriminator_judges_frames_and_changes_those_of_a_clip_alike() -> 
     [
         ({"restart_every": 5}, "levels of magvit2_moving_fashion are fixed"),
         ({"codebook": "ema"}, "levels of magvit2_moving_fashion are fixed"),
-        ({"model": "vq_fashion", "model_overrides": {}}, "vq_fashion is a VQGAN"),
+        ({"model": "vq_fashion", "model_overrides": {}}, r"vq_fashion \(grids .*\) is a VQGAN"),
+        ({"model": "frames_vq_fashion", "model_overrides": OF_SCALES}, r"\(grids 2x1x1\+2x.*\) is a FrameTokenizer"),
         ({"discriminator": "style", "adversarial_weight": 0.1, "model_overrides": {}, "adaptive": False}, None),
     ],
 )

@@ -98,6 +98,11 @@ class Training(Objective):
                 f"objective.tokenizer: {c.tokenizer} has {tokenizer.layout.describe()}; energies are of latents, such "
                 f"as those of a run of objective kl-vae"
             )
+        if len(tokenizer.layout.grids) > 1:
+            raise ConfigError(
+                f"objective.tokenizer: {c.tokenizer} has {tokenizer.layout.describe()}; energies are of one grid of "
+                f"latents a frame, not of scales"
+            )
         if tokenizer.num_frames is None:
             return FrameTokenizer.around(tokenizer, c.num_frames)
         if not isinstance(tokenizer, FrameTokenizer):

@@ -66,8 +66,10 @@ class Training(VQTraining):
             self.kind = type(open_tokenizer(source))
         model = super()._build()
         network = model.frame if isinstance(model, FrameTokenizer) else model
-        if model.num_frames is None or not isinstance(getattr(network, "quantize", None), CodeUsage):
+        quantises = isinstance(getattr(network, "quantize", None), CodeUsage) and len(model.layout.grids) == 1
+        if model.num_frames is None or not quantises:
             what = "objective.model " + self.config.model if source is None else f"objective.init_from {source}"
+            what += f" ({model.layout.describe()})"
             raise ConfigError(
                 f"objective video-vq trains tokenizers of clips that quantise: MagViT2, or FrameTokenizer around "
                 f"VQGAN; {what} is a {self.kind.__name__}"

@@ -24,7 +24,7 @@ from varkit.generators.llamagen import LlamaGen
 from varkit.generators.prefixed import ClassPrefix
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond
-from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size
+from varkit.layers.llama import RMSNorm, Rotary, llama_blocks
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.tokenizers.vqgan import TINY as TINY_TOKENIZER
@@ -78,19 +78,17 @@ class DistilledLlamaGen(Student, HubMixin, ModelMixin, ConfigMixin):
         self.tok_embeddings = nn.Linear(latent_dim, hidden_size)
         self.n_d_embed = nn.Embedding(2, hidden_size)
         self.rotary = Rotary(self.layout.grids[0], hidden_size // num_heads, rope_base)
-        self.layers: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                kv_heads,
-                ffn_size or feed_forward_size(hidden_size),
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                ffn_dropout=ffn_dropout,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
+        self.layers: Any = llama_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            kv_heads=kv_heads,
+            ffn_size=ffn_size,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            ffn_dropout=ffn_dropout,
+            drop_path_rate=drop_path_rate,
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.output = nn.Linear(hidden_size, codebook_size, bias=False)

@@ -26,7 +26,7 @@ from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix, Prefixed
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses
-from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size
+from varkit.layers.llama import RMSNorm, Rotary, llama_blocks
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
@@ -97,19 +97,14 @@ class ELM(Prefixed, HubMixin, ModelMixin, ConfigMixin, Generator):
             self.output = nn.ModuleList(nn.Linear(hidden_size, values, bias=False) for _ in range(sub_codes))
         self.tok_dropout = nn.Dropout(token_dropout)
         self.rotary = Rotary(self.layout.grids[0], hidden_size // num_heads, rope_base)
-        self.layers: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                num_heads,
-                ffn_size or feed_forward_size(hidden_size),
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=0.0,
-                ffn_dropout=ffn_dropout,
-                drop_path=0.0,
-            )
-            for _ in range(depth)
+        self.layers: Any = llama_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            ffn_size=ffn_size,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            ffn_dropout=ffn_dropout,
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.init_weights()

@@ -35,7 +35,7 @@ from varkit.generators.maskgit import MaskedGenerator, MaskedState, masked_cross
 from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Losses
-from varkit.layers.llama import Block, RMSNorm, Rotary, feed_forward_size
+from varkit.layers.llama import RMSNorm, Rotary, llama_blocks
 from varkit.layout import TokenLayout, square_grids
 from varkit.orders import GROUPED, order_groups, token_order
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -107,20 +107,15 @@ class ELMMasked(HubMixin, ModelMixin, ConfigMixin, MaskedGenerator):
         self.tok_embedder = nn.Embedding(values + 1, hidden_size)
         self.tok_dropout = nn.Dropout(token_dropout)
         self.rotary = Rotary(self.layout.grids[0], hidden_size // num_heads, rope_base, repeats=sub_codes)
-        self.layers: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                num_heads,
-                ffn_size or feed_forward_size(hidden_size),
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=0.0,
-                ffn_dropout=ffn_dropout,
-                drop_path=0.0,
-                causal=False,
-            )
-            for _ in range(depth)
+        self.layers: Any = llama_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            ffn_size=ffn_size,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            ffn_dropout=ffn_dropout,
+            causal=False,
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.mlm_layer = MaskedHead(hidden_size, values + 1)

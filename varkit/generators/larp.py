@@ -25,7 +25,7 @@ from varkit.generators.prefixed import LORA_TARGETS, ClassPrefix, Prefixed, Pref
 from varkit.heads.categorical import Categorical, weighted_cross_entropy
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses
-from varkit.layers.llama import Block, RMSNorm, feed_forward_size
+from varkit.layers.llama import RMSNorm, llama_blocks
 from varkit.layout import TokenLayout
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
 from varkit.rng import Rng
@@ -96,19 +96,15 @@ class LARP(Prefixed, HubMixin, ModelMixin, ConfigMixin, Generator):
             self.cls_embedding = ClassPrefix(num_classes, hidden_size)
         self.tok_embeddings = nn.Embedding(codebook_size + (condition == "frames"), hidden_size)
         self.tok_dropout = nn.Dropout(token_dropout)
-        self.layers: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                num_heads,
-                ffn_size or feed_forward_size(hidden_size),
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                ffn_dropout=ffn_dropout,
-                drop_path=0.0,
-            )
-            for _ in range(depth)
+        self.layers: Any = llama_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            ffn_size=ffn_size,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            ffn_dropout=ffn_dropout,
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.output = nn.Linear(hidden_size, codebook_size, bias=False)

@@ -32,7 +32,7 @@ from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import JOINT, Cond, Generator, Losses
 from varkit.layers.cache import CacheSlots
-from varkit.layers.llama import Block, RMSNorm, Rotary, causal, feed_forward_size
+from varkit.layers.llama import RMSNorm, Rotary, causal, llama_blocks
 from varkit.layers.share import sharing
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -183,19 +183,17 @@ class LlamaGen(Prefixed, Controlled, HubMixin, ModelMixin, ConfigMixin, Generato
         if self.layout.length > math.prod(places):
             raise ValueError(f"grid {self.layout.grids[0]} has more tokens than rope_grid {places} has places")
         self.rotary = Rotary(places, hidden_size // num_heads, rope_base, self.prefix_length)
-        self.layers: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                kv_heads,
-                ffn_size or feed_forward_size(hidden_size),
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                ffn_dropout=ffn_dropout,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
+        self.layers: Any = llama_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            kv_heads=kv_heads,
+            ffn_size=ffn_size,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            ffn_dropout=ffn_dropout,
+            drop_path_rate=drop_path_rate,
         )
         self.norm = RMSNorm(hidden_size, norm_eps)
         self.output = nn.Linear(hidden_size, codebook_size, bias=False)

@@ -217,6 +217,41 @@ def feed_forward_size(dim: int, multiple: int = 256, multiplier: float | None = 
     return math.ceil((hidden if multiplier is None else int(multiplier * hidden)) / multiple) * multiple
 
 
+def llama_blocks(
+    depth: int,
+    dim: int,
+    num_heads: int,
+    *,
+    kv_heads: int | None = None,
+    ffn_size: int | None = None,
+    norm_eps: float,
+    dropout: float,
+    attention_dropout: float = 0.0,
+    ffn_dropout: float,
+    drop_path_rate: float = 0.0,
+    causal: bool = True,
+) -> nn.ModuleList:
+    """A stack of `Block`s; the rate of drop path grows along it, from zero.
+
+    Args: kv_heads: None is num_heads.   ffn_size: None is `feed_forward_size(dim)`.   drop_path_rate: of the last.
+    """
+    return nn.ModuleList(
+        Block(
+            dim,
+            num_heads,
+            kv_heads or num_heads,
+            ffn_size or feed_forward_size(dim),
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            ffn_dropout=ffn_dropout,
+            drop_path=drop_path_rate * i / max(depth - 1, 1),
+            causal=causal,
+        )
+        for i in range(depth)
+    )
+
+
 def causal(visible: Tensor) -> Tensor:
     """(B, n) bool -> (B, 1, n, n) bool: what is visible and not later; each sees itself, visible or not."""
     n = visible.shape[1]

@@ -22,7 +22,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from varkit.generators.distilled import ContinuousHead, Prediction, Student, flags, require_class_teacher
-from varkit.generators.var import VAR, Block, ModulatedNorm, initialise
+from varkit.generators.var import VAR, ModulatedNorm, initialise, var_blocks
 from varkit.hub import HubMixin
 from varkit.layout import TokenLayout, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
@@ -84,19 +84,17 @@ class DistilledVAR(Student, HubMixin, ModelMixin, ConfigMixin):
         self.shared_ada_lin = (
             nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if shared_adaln else nn.Identity()
         )
-        self.blocks: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                mlp_ratio,
-                shared_adaln=shared_adaln,
-                l2_norm=attn_l2_norm,
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
+        self.blocks: Any = var_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            mlp_ratio,
+            shared_adaln=shared_adaln,
+            l2_norm=attn_l2_norm,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            drop_path_rate=drop_path_rate,
         )
         self.head_nm: Any = ModulatedNorm(hidden_size, norm_eps)
         self.head = nn.Linear(hidden_size, codebook_size)

@@ -21,7 +21,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from varkit.conditioning.control import Controlled, Fused, dropped, inject
+from varkit.conditioning.control import Controlled, Fused, dropped_together, inject
 from varkit.heads.categorical import Categorical, weighted_cross_entropy, z_loss
 from varkit.hub import HubMixin
 from varkit.interfaces import Cond, Generator, Losses, State
@@ -30,7 +30,7 @@ from varkit.layers.drop_path import DropPath
 from varkit.layers.share import sharing
 from varkit.layout import TokenLayout, grids_for, square_grids
 from varkit.registry import Checkpoint, ModelEntry, register_checkpoint, register_model
-from varkit.rng import Draw, Rng
+from varkit.rng import Rng
 from varkit.tokenizers.multiscale_vq import SCALES_256, SCALES_512
 
 Modulation = tuple[Tensor, ...]
@@ -215,6 +215,14 @@ class VARState(State):
         self.cache.reset()
 
 
+def var_blocks(
+    depth: int, hidden_size: int, num_heads: int, mlp_ratio: float, *, drop_path_rate: float, **options: Any
+) -> nn.ModuleList:
+    """A stack of `Block`s; the rate of drop path grows along it, from zero. Args: options: of `Block`."""
+    rates = (drop_path_rate * i / max(depth - 1, 1) for i in range(depth))
+    return nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, drop_path=rate, **options) for rate in rates)
+
+
 class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
     """The class-conditional next-scale transformer. The defaults are the released VAR-d16.
 
@@ -290,19 +298,17 @@ class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
         self.shared_ada_lin = (
             nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size)) if shared_adaln else nn.Identity()
         )
-        self.blocks: Any = nn.ModuleList(
-            Block(
-                hidden_size,
-                num_heads,
-                mlp_ratio,
-                shared_adaln=shared_adaln,
-                l2_norm=attn_l2_norm,
-                norm_eps=norm_eps,
-                dropout=dropout,
-                attention_dropout=attention_dropout,
-                drop_path=drop_path_rate * i / max(depth - 1, 1),
-            )
-            for i in range(depth)
+        self.blocks: Any = var_blocks(
+            depth,
+            hidden_size,
+            num_heads,
+            mlp_ratio,
+            shared_adaln=shared_adaln,
+            l2_norm=attn_l2_norm,
+            norm_eps=norm_eps,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+            drop_path_rate=drop_path_rate,
         )
         self.head_nm: Any = ModulatedNorm(hidden_size, norm_eps)
         self.head = nn.Linear(hidden_size, codebook_size)
@@ -476,12 +482,8 @@ class VAR(Controlled, HubMixin, ModelMixin, ConfigMixin, Generator):
         """
         labels, weights = cond.labels, cond.control_weight
         if self.training or self.config.official_quirks:
-            gone = torch.zeros_like(labels, dtype=torch.bool)
-            if self.config.cond_drop_rate > 0:
-                u = rng.uniform(torch.zeros(1, dtype=torch.int64), Draw.COND_DROP)[:, 0]
-                gone = u.to(labels.device) < self.config.cond_drop_rate
-            labels = labels.masked_fill(gone, self.num_classes)
-            weights = dropped(weights, gone, rng, self.config.control_drop_rate)
+            rates = self.config.cond_drop_rate, self.num_classes, self.config.control_drop_rate
+            labels, weights = dropped_together(cond, rng, *rates)
         last = self.layout.slices[(num_scales or len(self.layout.grids)) - 1]
         target = tokens[:, : last.stop]
         out = self(inputs[:, : last.stop], labels, hidden_layer, cond.control, weights)

@@ -75,6 +75,8 @@ def test_a_pipeline_opens_as_if_nothing_was(name: str, tmp_path: Path) -> None:
     assert again(0, seed=0).images[0].size == pipeline(0, seed=0).images[0].size
     half = AutoPipeline.from_pretrained(tmp_path / "packed", torch_dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16
+    part = type(pipeline.transformer).from_pretrained(tmp_path / "packed" / "transformer", dtype=torch.bfloat16)
+    assert part.dtype == torch.bfloat16
     assert type(open_transformer(str(tmp_path / "packed"), Generator)[0]) is type(pipeline.transformer)
     assert type(open_tokenizer(str(tmp_path / "packed"))) is type(pipeline.image_tokenizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -242,12 +243,21 @@ def test_the_folder_is_the_diffusers_format(pipe: ClassToImagePipeline, tmp_path
     again = AutoPipeline.from_pretrained(tmp_path)
     assert isinstance(again, DiffusionPipeline) and again.labels == {0: "Boot", 1: "Coat", 2: "Bag"}
     assert again.sampler.settings() == pipe.sampler.settings()
-    half = AutoPipeline.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+    half = AutoPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert half.transformer.dtype == torch.bfloat16 and half.image_tokenizer.codebook.dtype == torch.float32
     half.set_progress_bar_config(disable=True)
     assert half([0], seed=0, output_type="pt").images.isfinite().all()
     assert isinstance(open_tokenizer(str(tmp_path)), MultiScaleVQ)
     assert isinstance(open_tokenizer(str(tmp_path / "image_tokenizer")), MultiScaleVQ)
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_the_dtype_has_two_names_and_neither_warns(pipe: ClassToImagePipeline, name: str, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        half = AutoPipeline.from_pretrained(tmp_path, **{name: torch.bfloat16})
+    assert half.transformer.dtype == torch.bfloat16
 
 
 def test_wrong_names_are_answered_with_what_exists(tmp_path: Path) -> None:

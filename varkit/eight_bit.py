@@ -80,12 +80,12 @@ def packed_folder(name: Any, subfolder: str | None = None) -> Path | None:
 def open_packed(cls: type[Any], folder: Path, **options: Any) -> Any:
     """The model of a folder, in eval mode; strict.
 
-    Args: options: constructor arguments that change the config, and `torch_dtype`; others are those of
+    Args: options: constructor arguments that change the config, and `dtype` or `torch_dtype`; others are those of
         `ModelMixin.from_pretrained` that mean nothing here.
     Raises: RuntimeError of `load_state_dict` where weights do not fit.
     """
     known = signature(cls.__init__).parameters
     model: nn.Module = cls.from_config(cls.load_config(folder), **{k: v for k, v in options.items() if k in known})
     model.load_state_dict(unpack_tensors(load_file(folder / FILE)))
-    dtype = options.get("torch_dtype")
+    dtype = options.get("dtype") or options.get("torch_dtype")
     return (model if dtype is None else nn.Module.to(model, dtype)).eval()

@@ -51,7 +51,7 @@ def open_pipeline(name: str, device: str, dtype: str) -> Any:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"--dtype must be float32, bfloat16 or float16; got {dtype!r}")
     disable_progress_bar()  # the parts of a pipeline load in a moment
-    pipeline = AutoPipeline.from_pretrained(name, torch_dtype=getattr(torch, dtype))
+    pipeline = AutoPipeline.from_pretrained(name, dtype=getattr(torch, dtype))
     pipeline.to(best_device() if device == "auto" else torch.device(device))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -75,7 +75,7 @@ class AutoPipeline:
         Args:
             name_or_path: a shipped model (`fashion-var`), a saved folder, a released checkpoint
                 (`var_d16.in1k_256`, downloaded from the hub) or a hub repository (`user/name`).
-            kwargs: those of `DiffusionPipeline.from_pretrained`, such as `torch_dtype`; for the hub also `revision`,
+            kwargs: those of `DiffusionPipeline.from_pretrained`, such as `dtype`; for the hub also `revision`,
                 `token`, `cache_dir`, `local_files_only`, `force_download`.
         Raises: ValueError naming what exists when nothing answers to the name.
         """
@@ -83,7 +83,7 @@ class AutoPipeline:
         folder = find_folder(name)
         if folder is None:
             if name in registry.list_checkpoints():
-                return _from_checkpoint(registry.checkpoint(name), kwargs.get("torch_dtype"))
+                return _from_checkpoint(registry.checkpoint(name), kwargs.get("dtype") or kwargs.get("torch_dtype"))
             folder = _from_hub(name, **{k: kwargs.pop(k) for k in HUB_OPTIONS if k in kwargs})
             if not (folder / "model_index.json").is_file():
                 raise ValueError(f"hub repository {name!r} holds no pipeline (model_index.json); open it by its class")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Self
 
+import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -51,14 +52,25 @@ class ImageOutput(BaseOutput):
     chosen: list[int] | None = None
 
 
+DTYPE = "dtype" if tuple(map(int, diffusers.__version__.split(".")[:2])) >= (0, 42) else "torch_dtype"
+"""What diffusers calls the dtype of weights that it opens; it warns of the older name."""
+
+
 class ImagePipeline(Editing, HubMixin, DiffusionPipeline):
     """Parts `transformer`, `image_tokenizer` and `sampler`, and the call that a condition leads to."""
 
     _draft: tuple[Any, Any] | None = None
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'."""
+    def from_pretrained(
+        cls, *args: Any, dtype: torch.dtype | None = None, torch_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> Any:
+        """As in diffusers, which builds only classes of modules that are imported: here are ours, and plug-ins'.
+
+        Args: dtype: of the weights; torch_dtype, its older name, is taken too.
+        """
+        if (wanted := dtype or torch_dtype) is not None:
+            kwargs[DTYPE] = wanted
         registry.list_models()
         for module in SAMPLERS.values():
             import_module(module)

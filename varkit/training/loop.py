@@ -207,7 +207,8 @@ class Trainer:
             if ours != theirs and not numbered:
                 raise ConfigError(
                     f"data.validation: class {position} is {theirs!r} there and {ours!r} in data.train, ids would not "
-                    "agree; give one source with splits (train_split, validation_split), or the same classes in both"
+                    "agree; give one source with splits (train_split, validation_split), the same classes in both, or "
+                    "data.validation=null to train without"
                 )
 
     def _build(self) -> Objective:

@@ -21,7 +21,6 @@ from varkit.demo.common import Models, enlarge
 from varkit.demo.limits import Limits
 from varkit.demo.running import Step, stream
 from varkit.metrics.reconstruction import psnr
-from varkit.pipelines.auto import zoo_models
 from varkit.pipelines.edit import image_to_tensor
 
 pytest.importorskip("gradio", reason='the demo needs gradio: pip install "varkit[app]"')
@@ -99,8 +98,6 @@ def test_a_side_with_a_bad_setting_is_refused_before_any_work(models: Models) ->
 
 @pytest.fixture(scope="module", name="shipped")
 def _shipped() -> Models:
-    if "fashion-var" not in zoo_models():
-        pytest.skip("fashion-var is not in this checkout")
     return Models(["fashion-var"])
 
 

@@ -7,6 +7,7 @@ Shapes: B batch, L tokens, T prefix entries, S = T + L - 1, C width, R rows of t
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
@@ -79,7 +80,7 @@ class PrefixState(State):
         self.rewind(self.length)
 
 
-class Prefixed(OneToken):
+class Prefixed(OneToken, ABC):
     """For a generator, beside its other bases; its `layers` are `varkit.layers.llama.Block`s, its `norm` follows them.
 
     Attributes: prefix_length: T.   rotary: how queries and keys are turned, see `Block`.
@@ -96,13 +97,13 @@ class Prefixed(OneToken):
     def blocks(self) -> Any:
         return self.layers
 
+    @abstractmethod
     def prefix(self, cond: Cond) -> Tensor:
         """What stands before the tokens: (B, T, C)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
         """(R, n) ids, or (R, n, G), -> (R, n, C)."""
-        raise NotImplementedError
 
     def placed(self, x: Tensor, places: Any) -> Tensor:
         """Entries of the sequence (R, n, C) told their places in it, a slice or (n,); rotated ones need no telling."""

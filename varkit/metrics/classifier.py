@@ -15,6 +15,12 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 
+def _stage(*convolutions: nn.Conv2d | nn.Conv3d) -> nn.Sequential:
+    """Each followed by a norm of eight groups and SiLU."""
+    each = ((conv, nn.GroupNorm(8, conv.out_channels), nn.SiLU()) for conv in convolutions)
+    return nn.Sequential(*[module for three in each for module in three])
+
+
 class ImageClassifier(ModelMixin, ConfigMixin):
     """Convolutions with group norm, halving the sides at each stage; global average; one linear head.
 
@@ -31,16 +37,8 @@ class ImageClassifier(ModelMixin, ConfigMixin):
         self.stages = nn.ModuleList()
         before = 3
         for width in widths:
-            self.stages.append(
-                nn.Sequential(
-                    nn.Conv2d(before, width, 3, padding=1, bias=False),
-                    nn.GroupNorm(8, width),
-                    nn.SiLU(),
-                    nn.Conv2d(width, width, 3, padding=1, bias=False),
-                    nn.GroupNorm(8, width),
-                    nn.SiLU(),
-                )
-            )
+            first = nn.Conv2d(before, width, 3, padding=1, bias=False)
+            self.stages.append(_stage(first, nn.Conv2d(width, width, 3, padding=1, bias=False)))
             before = width
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(before, num_classes)
@@ -89,16 +87,7 @@ class ClipClassifier(ModelMixin, ConfigMixin):
                 if i
                 else nn.Conv3d(3, width, (1, 4, 4), (1, 2, 2), (0, 1, 1), bias=False)
             )
-            self.stages.append(
-                nn.Sequential(
-                    first,
-                    nn.GroupNorm(8, width),
-                    nn.SiLU(),
-                    nn.Conv3d(width, width, 3, padding=1, bias=False),
-                    nn.GroupNorm(8, width),
-                    nn.SiLU(),
-                )
-            )
+            self.stages.append(_stage(first, nn.Conv3d(width, width, 3, padding=1, bias=False)))
             before = width
         self.drop = nn.Dropout(dropout)
         self.head = nn.Linear(before, num_classes)

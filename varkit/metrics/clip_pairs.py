@@ -23,6 +23,8 @@ SHOWN = 4
 """Frames of a clip in a picture of pairs."""
 
 Back = Callable[[Tensor, Sequence[int]], Iterator[tuple[int | None, Tensor, Tensor | None]]]
+"""uint8 originals, images (B, 3, H, W) or clips (B, T, H, W, 3), and their indices -> for each length: it, uint8
+reconstructions, ids or None."""
 
 
 def clip_pairs(

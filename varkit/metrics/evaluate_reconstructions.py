@@ -6,7 +6,7 @@ three points worse, which is the usual reason why published numbers seem not to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from varkit import registry
 from varkit.data.clips import CLIP_DATASETS
 from varkit.data.images import DATASETS
 from varkit.metrics.checks import check_images
-from varkit.metrics.clip_pairs import channels_first, clip_pairs, pictured
+from varkit.metrics.clip_pairs import Back, channels_first, clip_pairs, pictured
 from varkit.metrics.collect import Collected, process
 from varkit.metrics.evaluate import SHEET, Options, add_curves, new_report
 from varkit.metrics.fid import FeatureStatistics, frechet_contributions, frechet_distance
@@ -46,9 +46,6 @@ HOW = {
 }
 
 CLIPS_HOW = {"psnr": "dB, of the error of a whole clip, mean over clips, 8 bits"}
-
-Back = Callable[[Tensor, Sequence[int]], Iterator[tuple[int | None, Tensor, Tensor | None]]]
-"""uint8 originals (B, 3, H, W) and their indices -> for each length: it, uint8 reconstructions, ids or None."""
 
 
 def evaluate_reconstructions(

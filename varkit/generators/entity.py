@@ -1,10 +1,9 @@
 """Any entity, any predictive: what a step draws and what it is drawn by are two independent choices.
 
 The entities are those of xAR (token, cell, subsample, scale, image; Ren et al., arXiv 2502.20388) and, of clips, a
-frame; the predictives a
-categorical over ids, a flow, or a diffusion of latents. A transformer that is causal over entities reads those before
-and says a vector for each token of the next, as VAR and FlowAR do over scales; a head draws the tokens from these
-vectors. No paper has the whole grid, so no released weights fit.
+frame; the predictives a categorical over ids, a flow, or a diffusion of latents. A transformer that is causal over
+entities reads those before and says a vector for each token of the next, as VAR and FlowAR do over scales; a head draws
+the tokens from these vectors. No paper has the whole grid, so no released weights fit.
 
 What is read to predict an entity: the one before it, token by token (as next-block prediction does, Ren et al.,
 arXiv 2502.07737), the class for the first, and at scales what the tokenizer makes of the coarser ones. In training it
